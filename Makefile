@@ -1,0 +1,47 @@
+# make distill   environment, compiled kernels, the whole distillation, and where its report is
+# make test      the same environment with the test extras, lint, types and the whole test suite
+#
+# Overridable: PYTHON, VENV, TORCH (what pip installs first, for example TORCH="torch --index-url ..."),
+# WHEEL (a built wheel to install instead of the checkout), ARGS (flags for python -m di4c_ext.distill).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WHEEL ?=
+OUTPUT ?= runs/digits
+ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+target = $(if $(WHEEL),"$(WHEEL)[$(1)]",-e ".[$(1)]")  # with the extras named
+SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) $(WHEEL)
+
+# The installed package is what runs, never the folder we stand in.
+export PYTHONSAFEPATH = 1
+
+.PHONY: distill test lint clean
+
+distill: $(VENV)/.all
+	$(VENV)/bin/python -m di4c_ext.distill --output_dir $(OUTPUT) $(ARGS)
+
+test: $(VENV)/.test lint
+	$(VENV)/bin/pytest tests
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and is pinned here: the package itself asks only for torch>=2.6.
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.%: $(SOURCES) $(VENV)/.torch
+	@echo "installing di4c_ext (compiling its kernels takes a minute or two, longer with CUDA)"
+	$(PIP) $(call target,$*)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info di4c_ext/_C*.so

@@ -1,0 +1,28 @@
+// What host and device code share: qualifiers, dtypes and the sizes that fix the order of every sum.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DI4C_FN __host__ __device__ __forceinline__
+#else
+#define DI4C_FN inline
+#endif
+
+namespace di4c {
+
+// How logits lie in memory. Everything is accumulated in float or better.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// The sampler cuts a row of S classes into chunks of kChunk; the cut is the same on every backend,
+// so the same 128 random bits choose the same class everywhere (masses.h).
+constexpr int kChunk = 1024;
+constexpr int64_t kMaxStates = int64_t{1} << 18;
+constexpr int kMaxChunks = static_cast<int>(kMaxStates / kChunk);
+
+// Sums over the D positions are cut into blocks of kPositions whose partial sums are added in order,
+// so that neither the number of threads nor the grid changes a bit of the result.
+constexpr int kPositions = 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace di4c
