@@ -1,0 +1,181 @@
+"""The ancestral sampler: its law by enumeration, its keys, and what it does for the caller."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import ExactTeacher, TableStudent, chi_square_z, counts, finite_latents, product_law, sequences, transition
+from torch import nn
+
+from di4c_ext import random
+from di4c_ext.process import SCHEDULES, AbsorbingProcess
+from di4c_ext.sampler import sample_ancestral, times
+
+S, D = 2, 2
+LAW = torch.tensor([0.45, 0.05, 0.1, 0.4], dtype=torch.float64)
+
+
+def masked_law() -> torch.Tensor:
+    """All mass on the state of masks, the last of (S+1)^D."""
+    law = torch.zeros((S + 1) ** D, dtype=torch.float64)
+    law[-1] = 1
+    return law
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+def test_teacher_has_the_enumerated_law_of_k_steps(schedule, num_steps):
+    process, teacher = AbsorbingProcess(S, schedule), ExactTeacher(LAW, S, D)
+    grid = times(num_steps)
+    law = masked_law()
+    for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        law = law @ transition(process, teacher, D, t, s)
+    keys = random.keys(num_steps, 40_000)
+    x = sample_ancestral(teacher, process, process.prior((len(keys), D), keys), grid, keys)
+    assert (x < S).all()  # no mask is left
+    assert abs(chi_square_z(counts(x, S + 1), law)) < 4
+    if num_steps == 1:  # T = 1 is the product of the marginals
+        assert torch.allclose(law[[0, 1, 3, 4]], product_law(torch.tensor([[0.5, 0.5], [0.55, 0.45]]).double()))
+
+
+def test_student_has_the_law_of_its_mixture_with_a_fresh_latent_at_every_step():
+    generator = torch.Generator().manual_seed(0)
+    table = 2 * torch.randn(2, (S + 1) ** D, D, S, generator=generator)
+    process, student, grid = AbsorbingProcess(S), TableStudent(table), times(3)
+    law = masked_law()
+    for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        given = [
+            transition(process, lambda x, t, which=which: student(x, t, torch.full((len(x), 1), which)), D, t, s)
+            for which in (0.0, 1.0)
+        ]
+        law = law @ ((given[0] + given[1]) / 2)
+    keys, draw = random.keys(0, 60_000), finite_latents(2)
+    x = sample_ancestral(
+        student, process, process.prior((len(keys), D), keys), grid, keys, latents=lambda keys: draw(keys, 1)[:, 0]
+    )
+    assert abs(chi_square_z(counts(x, S + 1), law.detach())) < 4
+
+
+def test_a_batch_is_its_samples():
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(4, 4**5, 5, 3, generator=generator)
+    process, student, draw = AbsorbingProcess(3, "arccos"), TableStudent(table), finite_latents(4)
+    keys = random.keys(2, 64)
+
+    def run(keys):
+        x = process.prior((len(keys), 5), keys)
+        return sample_ancestral(student, process, x, times(4), keys, latents=lambda keys: draw(keys, 1)[:, 0])
+
+    whole = run(keys)
+    assert torch.equal(torch.cat([run(key[None]) for key in keys]), whole)
+    order = torch.randperm(64, generator=generator)
+    assert torch.equal(run(keys[order]), whole[order])
+    assert not torch.equal(run(random.keys(3, 64)), whole)
+
+
+def test_infilling_keeps_what_is_given_and_conditions_on_it():
+    process, teacher = AbsorbingProcess(S), ExactTeacher(LAW, S, D)
+    keys = random.keys(0, 20_000)
+    x = process.prior((len(keys), D), keys)
+    x[:, 0] = 1
+    x_0 = sample_ancestral(teacher, process, x, times(4), keys)
+    assert (x_0[:, 0] == 1).all() and (x[:, 1] == process.mask_id).all()
+    assert abs(chi_square_z(counts(x_0[:, 1:], S), LAW[2:] / LAW[2:].sum())) < 4
+
+
+def test_a_grid_may_be_cut_in_two():
+    """Stopping above 0 leaves x at that time: a student may take the first steps and its teacher the rest."""
+    process, teacher, grid = AbsorbingProcess(S), ExactTeacher(LAW, S, D), times(4)
+    keys = random.keys(1, 40_000)
+    x = sample_ancestral(teacher, process, process.prior((len(keys), D), keys), grid[:3], keys)
+    assert ((x == process.mask_id).double().mean() - 0.5).abs() < 0.01
+    x = sample_ancestral(teacher, process, x, grid[2:], random.fold_in(keys, 1))
+    law = masked_law()
+    for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        law = law @ transition(process, teacher, D, t, s)
+    assert abs(chi_square_z(counts(x, S + 1), law)) < 4
+
+
+def test_callback_sees_every_step():
+    process, teacher, keys, seen = AbsorbingProcess(S), ExactTeacher(LAW, S, D), random.keys(0, 7), []
+    x = process.prior((7, D), keys)
+    x_0 = sample_ancestral(teacher, process, x, [1.0, 0.6, 0.1, 0.0], keys, callback=seen.append)
+    assert [(step["i"], step["t"], step["s"]) for step in seen] == [(0, 1.0, 0.6), (1, 0.6, 0.1), (2, 0.1, 0.0)]
+    assert torch.equal(seen[0]["x_t"], x) and torch.equal(seen[-1]["x_s"], x_0)
+    assert all(torch.equal(a["x_s"], b["x_t"]) for a, b in pairwise(seen))
+    assert seen[0]["logits"].shape == (7, D, S)
+    assert (process.prior((7, D), keys) == x).all()  # the start is not written to
+
+
+def test_temperature_zero_takes_the_likeliest():
+    process, keys = AbsorbingProcess(S), random.keys(0, 50)
+    logits = torch.tensor([[0.1, 0.0], [0.0, 0.1]]).expand(50, D, S)
+    x = sample_ancestral(lambda x, t: logits, process, process.prior((50, D), keys), times(2), keys, temperature=0.0)
+    assert (x == torch.tensor([0, 1])).all()
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.drop = nn.Parameter(torch.ones(())), nn.Sequential(nn.Dropout(0.9), nn.Dropout(0.9))
+        self.drop[1].eval()
+
+    def forward(self, x_t, t):
+        assert not torch.is_grad_enabled() and t.shape == x_t.shape[:1]
+        logits = self.scale * torch.arange(3.0).expand(*x_t.shape, 3)
+        assert torch.equal(self.drop(logits), logits)
+        return logits
+
+
+def test_the_network_is_in_evaluation_mode_and_put_back():
+    process, keys, network = AbsorbingProcess(3), random.keys(0, 4), Dropping()
+    sample_ancestral(network, process, process.prior((4, 2), keys), times(2), keys)
+    assert network.training and network.drop[0].training and not network.drop[1].training
+    with pytest.raises(RuntimeError, match="mine"):
+        sample_ancestral(
+            network, process, process.prior((4, 2), keys), times(2), keys, callback=lambda step: raising("mine")
+        )
+    assert network.training and network.drop[0].training
+
+
+def raising(message):
+    raise RuntimeError(message)
+
+
+def test_times():
+    assert times(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert times(1).tolist() == [1, 0]
+    for num_steps in (0, -3):
+        with pytest.raises(ValueError, match=f"num_steps must be at least 1, got {num_steps}"):
+            times(num_steps)
+
+
+@pytest.mark.parametrize("grid", [[1.0], [], [0.5, 0.5, 0.0], [0.0, 1.0], [1.5, 0.0], [1.0, float("nan"), 0.0]])
+def test_bad_grids(grid):
+    process, keys = AbsorbingProcess(S), random.keys(0, 2)
+    with pytest.raises(ValueError, match="times must fall strictly"):
+        sample_ancestral(ExactTeacher(LAW, S, D), process, process.prior((2, D), keys), grid, keys)
+
+
+def test_logits_without_a_distribution_are_told():
+    process, keys = AbsorbingProcess(S), random.keys(0, 5)
+
+    def broken(x, t):
+        logits = torch.zeros(5, D, S)
+        logits[3, 1] = torch.nan
+        return logits
+
+    with pytest.raises(ValueError, match=r"NaN or all -inf\) at t = 1, first at sample 3, position 1"):
+        sample_ancestral(broken, process, process.prior((5, D), keys), times(1), keys)
+
+
+def test_an_empty_batch():
+    process, keys = AbsorbingProcess(S), random.keys(0, 0)
+    x = sample_ancestral(ExactTeacher(LAW, S, D), process, process.prior((0, D), keys), times(2), keys)
+    assert x.shape == (0, D)
+
+
+def test_enumeration_itself():
+    """The tests' own tools: sequences and laws agree in order."""
+    assert sequences(2, 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert product_law(torch.tensor([[0.9, 0.1], [0.3, 0.7]])).tolist() == pytest.approx([0.27, 0.63, 0.03, 0.07])
