@@ -5,7 +5,8 @@
 #if defined(__CUDACC__)
 #define DI4C_FN __host__ __device__ __forceinline__
 #else
-#define DI4C_FN inline
+// static: a copy compiled for AVX-512 must not be the one the linker keeps for the baseline.
+#define DI4C_FN static inline
 #endif
 
 namespace di4c {
@@ -23,6 +24,6 @@ constexpr int kMaxChunks = static_cast<int>(kMaxStates / kChunk);
 // so that neither the number of threads nor the grid changes a bit of the result.
 constexpr int kPositions = 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DI4C_FN constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace di4c

@@ -24,7 +24,7 @@ DI4C_FN float exp_nonpos(float x) {
 #if defined(__CUDA_ARCH__)
   const float n = __fadd_rn(__fmaf_rn(x, kLog2e, kRound), -kRound);
 #else
-  const float n = std::fma(x, kLog2e, kRound) - kRound;
+  const float n = fmaf(x, kLog2e, kRound) - kRound;
 #endif
   float r = fmaf(n, -kLn2Hi, x);
   r = fmaf(n, -kLn2Lo, r);
@@ -40,7 +40,7 @@ DI4C_FN float exp_nonpos(float x) {
   if (!(p == p)) return p;
   int32_t bits;
   memcpy(&bits, &p, sizeof bits);
-  bits += static_cast<int32_t>(n) << 23;
+  bits += static_cast<int32_t>(n) * (1 << 23);
   memcpy(&p, &bits, sizeof p);
   return p;
 }
