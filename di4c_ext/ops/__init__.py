@@ -1,0 +1,26 @@
+"""The kernels as PyTorch operators: autograd, FakeTensor and torch.compile, on CPU, CUDA or the reference.
+
+Index order is always (B, L, D, S): samples, mixture components, positions, states. `ops.reference` holds every
+definition in plain torch, `ops.native` says which implementation serves.
+"""
+
+from di4c_ext.ops import native, reference
+from di4c_ext.ops.bits import random_bits
+from di4c_ext.ops.categorical import absorbing_step, sample_categorical
+from di4c_ext.ops.masked import masked_cross_entropy, masked_js, masked_kl, masked_reverse_kl, masked_tv
+from di4c_ext.ops.mixture import mixture_kl, mixture_log_prob
+
+__all__ = [
+    "absorbing_step",
+    "masked_cross_entropy",
+    "masked_js",
+    "masked_kl",
+    "masked_reverse_kl",
+    "masked_tv",
+    "mixture_kl",
+    "mixture_log_prob",
+    "native",
+    "random_bits",
+    "reference",
+    "sample_categorical",
+]

@@ -1,0 +1,68 @@
+"""What every test may use: the backends an op can be served by, and the modules of helpers beside the tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from di4c_ext.ops import native
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "ops")]
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Who serves the ops in a test: the reference or compiled kernels, and where its tensors lie."""
+
+    name: str
+    device: torch.device
+    is_native: bool
+
+
+def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if name == "reference":
+        monkeypatch.setenv("DI4C_NATIVE", "off")
+        return Backend(name, torch.device("cpu"), False)
+    if os.environ.get("DI4C_NATIVE", "").lower() == "off":
+        pytest.skip("DI4C_NATIVE=off")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if name == "cuda" and not native.info().get("cuda", False):
+        pytest.skip(f"built without CUDA kernels: {native.info().get('cuda_reason')}")
+    # An installation without its extension fails here: skipping would call it tested.
+    assert native.available(name), native.info()
+    return Backend(name, torch.device(name), True)
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each way an op can be served, in turn."""
+    return _use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each set of compiled kernels, in turn."""
+    return _use(request.param, monkeypatch)
+
+
+@pytest.fixture
+def reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve every op by the reference."""
+    monkeypatch.setenv("DI4C_NATIVE", "off")
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
