@@ -1,0 +1,257 @@
+"""Command lines: dataclasses as flags, `--preset` and `--config` files beneath them, unknown keys refused by name.
+
+Later wins: defaults < preset < the stored configuration of a resumed run < --config file < flags. A YAML key is the
+flag without its dashes. Preset files lie in the package's `presets` folder, one YAML each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from di4c_ext import checkpoints, data
+
+PRESETS = Path(__file__).parent / "presets"
+_OUTSIDE = ("help", "config")  # on the command line only
+_ONCE = ("resume", "overwrite_output_dir", "resume_from_checkpoint")  # of one call, no part of what a run is
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are cut into states."""
+
+    dataset_name: str = field(
+        default="digits", metadata={"help": "digits, an .npz or .npy of integers, a folder of pictures, a hub name"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set"})
+    num_states: int | None = field(default=None, metadata={"help": "S, states (grey levels) of a pixel"})
+    image_size: int | None = field(default=None, metadata={"help": "pictures are resized to this square"})
+    grayscale: bool = field(default=True, metadata={"help": "false: three colour channels per picture"})
+    heldout_fraction: float = field(default=1 / 6, metadata={"help": "share of the images kept from training"})
+    schedule: str = field(default="linear", metadata={"help": "masking: linear, cosine, arccos or log_linear"})
+
+    def load(self) -> data.ImageTokens:
+        """All the images; raises ValueError as `data.load` does."""
+        return data.load(
+            self.dataset_name,
+            num_states=self.num_states,
+            image_size=self.image_size,
+            grayscale=self.grayscale,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_train_split,
+        )
+
+
+@dataclass
+class RunArguments:
+    """What to do about an output folder that is not empty."""
+
+    resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, its settings included"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the run in --output_dir first"})
+
+    def resuming(self, args: TrainingArguments) -> bool:
+        """Whether this continues a run: --resume, or transformers' --resume_from_checkpoint."""
+        return self.resume or args.resume_from_checkpoint not in (None, "false", "False")
+
+    def checkpoint(self, args: TrainingArguments, folder: Path | None = None) -> str | None:
+        """The checkpoint to go on from, checked; None to begin. `true` and `latest` mean the newest in `folder`."""
+        if not self.resuming(args):
+            return None
+        named = args.resume_from_checkpoint
+        if folder is None and named is not None and named not in ("true", "True", "latest"):
+            found: Path | None = Path(named)
+        else:
+            found = checkpoints.latest(folder or Path(str(args.output_dir)))
+        if found is not None:
+            checkpoints.check_resumable(found)
+        return None if found is None else str(found)
+
+
+class UsageError(ValueError):
+    """The command line or a file it names is wrong; the message says what and how to mend it."""
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are exceptions, and which never guesses an abbreviated flag."""
+
+    def __init__(self, types: Iterable[Any], **kwargs: Any) -> None:
+        super().__init__(types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def known(self) -> dict[str, argparse.Action]:
+        """Every key with its action, leaving out the `--no_...` twins of flags that are on by default."""
+        named: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.dest not in _OUTSIDE:
+                named.setdefault(action.dest, action)
+        return named
+
+
+def parse(
+    command: str,
+    types: Sequence[Any],
+    argv: Sequence[str],
+    *,
+    default_preset: str | None = None,
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    stored: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
+    description: str = "",
+) -> tuple[list[Any], dict[str, Any]]:
+    """(one instance of each dataclass in `types`, the resolved settings, which as a --config file make them again).
+
+    translate turns a preset's keys into this command's; stored(early) gives what an interrupted run was told, from
+    the flags known so far (`preset`, `config`, `output_dir`, `resume`). Raises UsageError.
+    """
+    parser = Parser(types, prog=f"python -m di4c_ext.{command}", description=description)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings, one key a flag; flags come on top")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--output_dir", "--preset"):
+        early.add_argument(name)
+    early.add_argument("--resume", "--resume_from_checkpoint", nargs="?", const="true")
+    if default_preset is not None:
+        parser.add_argument("--preset", default=default_preset, help=f"one of: {', '.join(preset_names())}")
+    first, _ = early.parse_known_args(list(argv))
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if stored is not None and first.resume not in (None, "false", "False"):
+        layers.append(("the stored configuration", stored(first)))
+    if first.config is not None:
+        layers.append((first.config, read_yaml(Path(first.config))))
+    if default_preset is not None:
+        named = [first.preset, *(layer.get("preset") for _, layer in reversed(layers)), default_preset]
+        preset = next(str(name) for name in named if name is not None)
+        layers.insert(0, (f"preset {preset!r}", translate(read_preset(preset))))
+    known = parser.known()
+    merged: dict[str, Any] = {}
+    for source, layer in layers:
+        for key in layer:
+            if key not in known:
+                raise UsageError(f"unknown key {key!r} in {source}{nearest(key, known)}")
+        merged.update(layer)
+    tokens = [token for key, value in merged.items() for token in _tokens(key, value, known[key])]
+    namespace, unknown = parser.parse_known_args([*tokens, *argv])
+    if unknown:
+        _refuse(unknown, known)
+    values = vars(namespace)
+    made = [kind(**{f.name: values[f.name] for f in kind.__dataclass_fields__.values() if f.init}) for kind in types]
+    theirs = TrainingArguments.__dataclass_fields__
+    own = [name for kind in types for name in kind.__dataclass_fields__ if name not in theirs]
+    resolved = {name: values[name] for name in own if values[name] is not None} | merged | _given(parser, argv)
+    return made, {key: value for key, value in resolved.items() if key not in _ONCE}
+
+
+def preset_names() -> list[str]:
+    """The presets in the package."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's keys and values; raises UsageError listing the known ones."""
+    file = PRESETS / f"{name}.yaml"
+    if name not in preset_names():
+        names = preset_names()
+        raise UsageError(f"unknown preset {name!r}{nearest(name, names)}; known presets: {', '.join(names)}")
+    return read_yaml(file)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises UsageError where there is none."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {file}: holds a {type(content).__name__}; write `key: value` lines")
+    return {str(key): value for key, value in content.items()}
+
+
+def read_stored(file: Path) -> dict[str, Any]:
+    """What the run to resume was told; raises UsageError where there is none."""
+    if not file.is_file():
+        raise UsageError(f"--resume: {file.parent} holds no {file.name}, no run to go on with; leave --resume out")
+    return read_yaml(file)
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """`key: value` lines in the order given, lists and mappings on one line."""
+    return yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command: what the user can mend is one line and exit code 2; DI4C_TRACEBACK=1 shows where it arose."""
+    quiet_libraries()
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        code = 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("DI4C_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Turns off transformers' own bars for saving and loading, which would tear the training's bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for the known name closest to `key`, or nothing."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _refuse(unknown: Sequence[str], known: dict[str, argparse.Action]) -> NoReturn:
+    flag = next((token for token in unknown if token.startswith("-")), unknown[0])
+    if not flag.startswith("-"):
+        raise UsageError(f"unexpected argument {flag!r}; every setting is a flag: --name value")
+    key = flag.lstrip("-").split("=")[0].replace("-", "_")
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    raise UsageError(f"unknown flag {flag.split('=')[0]!r}" + (f"; did you mean '--{close[0]}'?" if close else ""))
+
+
+def _tokens(key: str, value: Any, action: argparse.Action) -> list[str]:
+    """A YAML value as command-line words, so that files and flags are converted and checked by the same code."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        if action.nargs != "+":
+            raise UsageError(f"key {key!r}: takes one value, got the list {value}")
+        return [f"--{key}", *(str(item) for item in value)]
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, bool):
+        return [f"--{key}={str(value).lower()}"]
+    if action.nargs == "+":
+        return [f"--{key}", str(value)]
+    return [f"--{key}={value}"]
+
+
+def _given(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that were typed, converted; nothing that is a default."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    typed = vars(parser.parse_known_args(list(argv))[0])
+    return {key: value for key, value in typed.items() if key not in _OUTSIDE}

@@ -1,0 +1,51 @@
+"""Altered images for training a teacher that has few: shifted, turned, scaled, sheared, brighter or darker.
+
+The network is told by how much (EDM's non-leaking augmentation, arXiv 2206.00364): numbers that are 0 for an image
+left as it is. Asked with zeros, or with none, it draws images of the unaltered kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from di4c_ext import random
+
+AUGMENTATION_DIM = 7  # shift x, shift y, angle, log width, log height, shear, log brightness
+_SPREAD = (0.15, 0.15, 0.2, 0.12, 0.12, 0.2, 0.15)  # of each: shifts in half image widths, the angle in radians
+
+
+def augment_images(
+    x_0: Tensor, keys: Tensor, *, shape: tuple[int, int], num_states: int, share: float = 0.5, stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    """x_0 (B, D) int64 levels of images of `shape` (height, width), D = height * width, altered at random.
+
+    Each of the seven amounts is Gaussian for a `share` of the images and 0 for the rest, which stay as they are. Levels
+    between two states are rounded up or down at random, keeping their mean. Everything hangs on keys (B,).
+
+    Returns:
+        The altered x_0 (B, D) int64, and the amounts (B, 7) float32 in units of their spread.
+
+    Raises:
+        ValueError: where D does not match `shape`, or share lies outside [0, 1].
+    """
+    height, width = shape
+    if x_0.ndim != 2 or x_0.shape[1] != height * width:
+        raise ValueError(
+            f"augment_images: x_0 must be (B, {height} * {width}) for images of {shape}, got {tuple(x_0.shape)}"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"augment_images: share must lie in [0, 1], got {share}")
+    key = [random.fold_in(keys, use) for use in range(3)]
+    altered = random.uniform(key[0], 1, stream=stream) < share
+    amount = torch.where(altered, random.normal(key[1], AUGMENTATION_DIM, stream=stream), 0.0).float()
+    shift_x, shift_y, angle, wide, high, shear, bright = (amount * amount.new_tensor(_SPREAD)).unbind(1)
+    cos, sin, wide, high = angle.cos(), angle.sin(), wide.exp(), high.exp()
+    row_x = torch.stack([cos * wide, (shear - sin) * high, shift_x], 1)
+    row_y = torch.stack([sin * wide, cos * high, shift_y], 1)
+    images = x_0.view(-1, 1, height, width).float()
+    grid = nn.functional.affine_grid(torch.stack([row_x, row_y], 1), list(images.shape), align_corners=False)
+    moved = nn.functional.grid_sample(images, grid, "bicubic", "zeros", align_corners=False).flatten(1)
+    level = (moved * bright.exp()[:, None]).clamp(0, num_states - 1)
+    level = (level + random.uniform(key[2], x_0.shape[1], stream=stream).float()).floor().clamp(max=num_states - 1)
+    return torch.where(altered, level.long(), x_0), amount

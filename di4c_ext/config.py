@@ -1,0 +1,89 @@
+"""Settings of training: transformers' TrainingArguments, and what this package adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from di4c_ext.loss import Di4CObjective
+
+
+@dataclass
+class KeyedConfig(TrainingArguments):
+    """TrainingArguments with this package's defaults; every flag of transformers works."""
+
+    output_dir: str = field(default="runs/digits", metadata={"help": "folder of the results and checkpoints"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    logging_steps: float = field(default=25, metadata={"help": "steps between two lines of metrics.jsonl"})
+    save_steps: float = field(default=500, metadata={"help": "steps between two checkpoints"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept, the newest"})
+    report_to: str = field(default="none", metadata={"help": "trackers, e.g. tensorboard, wandb"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "leave false: columns are used by name"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave false: NaN stops the run"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "drop the last batch of an epoch if smaller"})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin host memory for the copy to a GPU"})
+    ema_decay: float = field(default=0.0, metadata={"help": "moving average of the weights; 0: none"})
+    augment_share: float = field(default=0.0, metadata={"help": "share of the images altered; the network is told"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.augment_share <= 1:
+            raise ValueError(f"--augment_share {self.augment_share}: must lie in [0, 1]")
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        super().__post_init__()
+
+
+@dataclass
+class DistillConfig(KeyedConfig):
+    """Settings of the student's training; the objective's are explained in `di4c_ext.loss.Di4CObjective`."""
+
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "rate of the weights copied from the teacher; default: learning_rate"}
+    )
+    num_latents: int = field(default=16, metadata={"help": "L, latents per sample"})
+    num_targets: int | None = field(default=None, metadata={"help": "K, consistency targets per sample; default: L"})
+    distillation_weight: float = field(default=1.0, metadata={"help": "weight of the distillation term"})
+    data_weight: float = field(default=0.1, metadata={"help": "scale of the correlation at the data"})
+    data_law: str = field(default="sigmoid", metadata={"help": "its course in t: sigmoid, linear or constant"})
+    data_marginal_weight: float = field(default=1.0, metadata={"help": "weight of the KL to the teacher's marginals"})
+    consistency_weight: float = field(default=1.0, metadata={"help": "weight of the consistency term"})
+    consistency_target: str = field(default="student", metadata={"help": "denoiser at u: student, or its ema"})
+    control_variate: bool = field(default=True, metadata={"help": "false: plain mixture likelihoods"})
+    window: float = field(default=0.05, metadata={"help": "distillation acts at t up to this, consistency above"})
+    window_share: float = field(default=0.3, metadata={"help": "how often t falls into the window"})
+    full_noise_share: float = field(default=0.0, metadata={"help": "how often t is exactly 1"})
+    step_min: float = field(default=0.01, metadata={"help": "shortest teacher step t - u"})
+    step_max: float = field(default=0.05, metadata={"help": "longest teacher step t - u"})
+    step_law: str = field(default="uniform", metadata={"help": "spread between them: uniform or log_uniform"})
+
+    def __post_init__(self) -> None:
+        if self.num_latents < 1:
+            raise ValueError(f"--num_latents {self.num_latents}: must be at least 1, e.g. 16")
+        if self.base_learning_rate is not None and not 0 <= self.base_learning_rate < float("inf"):
+            raise ValueError(f"--base_learning_rate {self.base_learning_rate}: must be finite and >= 0")
+        if self.consistency_target not in ("student", "ema"):
+            raise ValueError(f"--consistency_target {self.consistency_target!r}: must be student or ema")
+        if self.consistency_target == "ema" and not self.ema_decay:
+            raise ValueError("--consistency_target ema: needs a moving average, e.g. --ema_decay 0.99")
+        self.objective()
+        super().__post_init__()
+
+    def objective(self) -> Di4CObjective:
+        """The loss with these settings; raises ValueError for those it cannot have."""
+        return Di4CObjective(
+            num_latents=self.num_latents,
+            num_targets=self.num_targets,
+            distillation=self.distillation_weight,
+            data=self.data_weight,
+            data_law=self.data_law,  # type: ignore[arg-type]  # checked there
+            data_marginal=self.data_marginal_weight,
+            consistency=self.consistency_weight,
+            control_variate=self.control_variate,
+            window=self.window,
+            window_share=self.window_share,
+            full_noise_share=self.full_noise_share,
+            step_min=self.step_min,
+            step_max=self.step_max,
+            step_law=self.step_law,  # type: ignore[arg-type]  # checked there
+        )

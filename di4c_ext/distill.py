@@ -1,0 +1,258 @@
+"""Distils a masked-diffusion teacher into a few-step mixture student, samples both and writes a report.
+
+    python -m di4c_ext.distill
+    python -m di4c_ext.distill --num_latents 32 --output_dir my_run
+    python -m di4c_ext.distill --resume --output_dir my_run
+
+The default run takes the built-in digits and trains their teacher, unless the cache has it (`di4c_ext.pretrain`).
+Into --output_dir go report.html, metrics.jsonl, samples/, distill_config.yaml, README.md, the student as
+model.safetensors and config.json, which `CompactDenoiser.from_pretrained` loads, and its teacher in teacher/.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import set_seed
+
+from di4c_ext import checkpoints, data, pictures
+from di4c_ext.arguments import DataArguments, RunArguments, as_yaml, parse, read_stored, run
+from di4c_ext.callbacks import append_metrics, read_metrics
+from di4c_ext.config import DistillConfig
+from di4c_ext.evaluate import EvaluationArguments, Judge, compare, latent_use
+from di4c_ext.models import CompactDenoiser, draw_latents
+from di4c_ext.pretrain import (
+    RECIPE,
+    Interrupted,
+    PretrainConfig,
+    as_dict,
+    augmentation,
+    bounds,
+    cached_teacher,
+    check_names,
+    load_teacher,
+    new_teacher,
+    stopped_message,
+    train_teacher,
+)
+from di4c_ext.process import AbsorbingProcess
+from di4c_ext.trainer import DistillTrainer
+
+STORED = "distill_config.yaml"
+SHOWN = 64  # images in a grid
+
+
+@dataclass
+class TeacherArguments:
+    """A teacher to load, or the settings of its training (as in `di4c_ext.pretrain`, with `teacher_` in front)."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder of a teacher; default: the cache, else it is trained"}
+    )
+    teacher_max_steps: int = field(default=2000, metadata={"help": "optimizer steps"})
+    teacher_per_device_train_batch_size: int = field(default=64, metadata={"help": "images per step and device"})
+    teacher_gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimizer step"})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    teacher_lr_scheduler_type: str = field(default="cosine", metadata={"help": "as lr_scheduler_type"})
+    teacher_lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON, as lr_scheduler_kwargs"}
+    )
+    teacher_warmup_steps: float = field(default=0, metadata={"help": "steps of warm-up; below 1: a share of all"})
+    teacher_weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
+    teacher_adam_beta2: float = field(default=0.999, metadata={"help": "second beta of AdamW"})
+    teacher_max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    teacher_ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
+    teacher_augment_share: float = field(default=0.0, metadata={"help": "share of the images altered"})
+    teacher_model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: settings of models.CompactConfig"}
+    )
+    teacher_seed: int = field(default=0, metadata={"help": "seed of the teacher's weights and training"})
+
+    def config(self, student: DistillConfig) -> PretrainConfig:
+        """The teacher's own training settings; device and precision are the student's."""
+        recipe = {name: getattr(self, f"teacher_{name}") for name in RECIPE}
+        shared = {name: getattr(student, name) for name in ("use_cpu", "bf16", "fp16", "disable_tqdm", "report_to")}
+        return PretrainConfig(output_dir=str(Path(str(student.output_dir)) / "teacher"), **recipe, **shared)
+
+
+@dataclass
+class StudentConfig(DistillConfig):
+    """DistillConfig with what only the command needs."""
+
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "images per step and device"})
+    ema_decay: float = field(default=0.99, metadata={"help": "moving average of the weights; 0: none"})
+    student_model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: latent_dim, latent_hidden_size, dropout"}
+    )
+
+    def __post_init__(self) -> None:
+        self.student_model_config = as_dict("student_model_config", self.student_model_config)
+        check_names("student_model_config", self.student_model_config, CompactDenoiser.from_teacher, ("cls", "teacher"))
+        if self.max_steps < 1:
+            raise ValueError(f"--max_steps {self.max_steps}: must be at least 1")
+        super().__post_init__()
+
+
+class Run:
+    """One run: its images, settings and folder, and the seconds each phase took."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        (self.images, self.teacher_args, self.args, self.evaluation, self.options), self.settings = parse(
+            "distill",
+            [DataArguments, TeacherArguments, StudentConfig, EvaluationArguments, RunArguments],
+            argv,
+            default_preset="digits",
+            stored=lambda early: read_stored(Path(early.output_dir or StudentConfig.output_dir) / STORED),
+            description="Distil a masked-diffusion teacher into a few-step mixture student.",
+        )
+        self.output = Path(str(self.args.output_dir))
+        self.metrics = self.output / "metrics.jsonl"
+        self.again = f"python -m di4c_ext.distill --resume --output_dir {self.output}"
+        self.train, self.heldout = data.split(self.images.load(), self.images.heldout_fraction)
+        self.process = AbsorbingProcess(self.train.num_states, self.images.schedule)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def get_teacher(job: Run, config: PretrainConfig) -> tuple[CompactDenoiser, str, Path]:
+    """The teacher, where it came from in words, and its folder; one not named by the user is kept in the output."""
+    named = job.teacher_args.teacher_model_name_or_path
+    if named is not None:
+        return load_teacher(Path(named), job.train), f"loaded from {named}", Path(named)
+    working = Path(str(config.output_dir))
+    if job.options.resuming(job.args) and (working / checkpoints.WEIGHTS).is_file():
+        return load_teacher(working, job.train), "of the run that was resumed", working
+    cached = cached_teacher(job.train, config, job.images.schedule)
+    if (cached / checkpoints.WEIGHTS).is_file():
+        teacher = load_teacher(cached, job.train)
+        print(f"teacher: from the cache, {cached}")
+        with checkpoints.whole_folder(working) as folder:
+            shutil.copytree(cached, folder, dirs_exist_ok=True)
+        return teacher, "from the cache", working
+    resume = job.options.checkpoint(config, working) if job.options.resuming(job.args) else None
+    working.mkdir(exist_ok=True)
+    teacher = train_teacher(job.train, config, job.images.schedule, resume=resume, again=job.again)
+    checkpoints.keep_newest(working, 0)
+    return teacher, "trained in this run", working
+
+
+def train_student(job: Run, teacher: CompactDenoiser) -> CompactDenoiser:
+    """The student (its moving average), trained or resumed, and saved into the output folder."""
+    set_seed(job.args.seed)
+    student = CompactDenoiser.from_teacher(teacher, **as_dict("student_model_config", job.args.student_model_config))
+    dim = student.config.latent_dim
+
+    def latents(keys: Tensor, count: int) -> Tensor:
+        return draw_latents(keys, count, dim)
+
+    if job.args.augment_share and not teacher.config.augmentation_dim:
+        raise ValueError(
+            f"--augment_share {job.args.augment_share:g}: this teacher was trained without augmentation and cannot be "
+            "told of it; give 0, or train the teacher with --teacher_augment_share"
+        )
+    trainer = DistillTrainer(
+        student,
+        teacher=teacher,
+        latents=latents,
+        augment=augmentation(job.train, job.args.augment_share),
+        process=job.process,
+        args=job.args,
+        train_dataset=job.train,
+        metrics_file=job.metrics,
+    )
+    trainer.train(resume_from_checkpoint=job.options.checkpoint(job.args))
+    if trainer.interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(stopped_message("student", trainer.state, job.again))
+    best: CompactDenoiser = trainer.best_model().eval()
+    checkpoints.save_model(best, job.output)
+    return best
+
+
+def evaluate(job: Run, teacher: CompactDenoiser, student: CompactDenoiser) -> dict[str, Any]:
+    """All figures of the report; each also becomes a line of metrics.jsonl, and the first seed's images a PNG."""
+    student.to(job.args.device)
+    teacher.to(job.args.device)
+    judge = Judge(job.train, job.heldout, checkpoints.cache_folder())
+    kept = [line for line in read_metrics(job.metrics) if line.get("phase") != "evaluation"]
+    checkpoints.write_text(job.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    rows: list[dict[str, Any]] = []
+    grids: dict[tuple[str, int], Tensor] = {}
+    for row, samples in compare({"teacher": teacher, "student": student}, judge, job.evaluation, SHOWN):
+        rows.append(row)
+        append_metrics(job.metrics, {"phase": "evaluation", **row})
+        if row["seed"] == job.evaluation.eval_seeds[0]:
+            grids[row["model"], row["num_steps"]] = samples
+            picture = pictures.grid(samples, job.train.shape, job.train.num_states)
+            pictures.save(picture, job.output / "samples" / f"{row['model']}-{row['num_steps']:03d}steps.png")
+    return {
+        "rows": rows,
+        "grids": grids,
+        "floors": judge.floors,
+        "sizes": judge.sizes,
+        "accuracy": judge.accuracy,
+        "bounds": bounds(teacher, job.train, job.heldout),
+        "latents": latent_use(student, job.heldout, job.args.num_latents),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    from di4c_ext import report
+
+    job = Run(argv)
+    config = job.teacher_args.config(job.args)
+    if job.teacher_args.teacher_model_name_or_path is None:
+        new_teacher(job.train, config, job.images.schedule)  # refuses bad settings before anything is written
+    else:
+        load_teacher(Path(job.teacher_args.teacher_model_name_or_path), job.train)
+    checkpoints.claim(
+        job.output, STORED, resume=job.options.resuming(job.args), overwrite=job.options.overwrite_output_dir
+    )
+    checkpoints.write_text(job.output / STORED, as_yaml(job.settings))
+    try:
+        with job.phase("teacher"):
+            teacher, origin, teacher_folder = get_teacher(job, config)
+        with job.phase("student"):
+            student = train_student(job, teacher)
+        with job.phase("evaluation"):
+            results = evaluate(job, teacher, student)
+    except Interrupted as stop:
+        print(stop)
+        return 130
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with:\n  {job.again}")
+        return 130
+    history = [{**line, "phase": "teacher"} for line in read_metrics(teacher_folder / "metrics.jsonl")]
+    facts = report.Facts(
+        settings=job.settings,
+        results=results,
+        history=history + read_metrics(job.metrics),
+        teacher_origin=origin,
+        seconds=job.seconds,
+        images=job.train,
+        num_parameters=student.num_parameters(),
+        teacher_parameters=teacher.num_parameters(),
+    )
+    checkpoints.write_text(job.output / "evaluation.json", report.evaluation_json(facts))
+    checkpoints.write_text(job.output / "README.md", report.model_card(facts))
+    checkpoints.write_text(job.output / "report.html", report.page(facts))
+    print(report.summary(facts))
+    print(f"report: {(job.output / 'report.html').resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,65 @@
+"""Fréchet distance between two Gaussians fitted to feature vectors, in float64.
+
+    d^2 = |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^{1/2})
+
+The distance of two finite samples of one and the same distribution is above 0 and falls with their sizes, so no
+distance should be read without the sizes and a real-against-real floor beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Mean and covariance of a stream of feature vectors (N, F), merged batch by batch without cancellation."""
+
+    def __init__(self, features: Tensor | None = None) -> None:
+        self.n = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+        if features is not None:
+            self.update(features)
+
+    def update(self, features: Tensor) -> Moments:
+        """Adds features (N, F); raises ValueError for another shape, another F, or a value that is not finite."""
+        x = features.detach().to("cpu", torch.float64)
+        if x.ndim != 2 or (self.n and x.shape[1] != len(self.mean)):
+            wanted = f"(N, {len(self.mean)})" if self.n else "(N, F)"
+            raise ValueError(f"Moments: features have shape {tuple(features.shape)}; give {wanted}")
+        if not torch.isfinite(x).all():
+            raise ValueError("Moments: features hold NaN or infinity; look at the samples they were computed from")
+        if len(x) == 0:
+            return self
+        if self.n == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64)
+            self._scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        mean = x.mean(0)
+        total, delta, centred = self.n + len(x), mean - self.mean, x - mean
+        self._scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * len(x) / total)
+        self.mean += delta * (len(x) / total)
+        self.n = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (F, F)."""
+        if self.n < 2:
+            raise ValueError(f"Moments: {self.n} vector(s) seen; a covariance needs at least 2")
+        return self._scatter / (self.n - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Fréchet distance, never below 0; exact for singular covariances too.
+
+    tr((C_a C_b)^{1/2}) is the sum of the square roots of the eigenvalues of the symmetric R C_b R, R = C_a^{1/2}.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"frechet_distance: {len(a.mean)} features against {len(b.mean)}; use one feature space")
+    cov_a, cov_b = a.covariance, b.covariance
+    value, vector = torch.linalg.eigh(cov_a)
+    root = (vector * value.clamp_min(0).sqrt()) @ vector.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(float(distance), 0.0)

@@ -1,0 +1,54 @@
+"""What a student's latents carry: correlation between positions, in nats, and information about single positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from di4c_ext import ops
+from di4c_ext.denoiser import Denoiser, inference
+from di4c_ext.process import AbsorbingProcess
+
+Latents = Callable[[Tensor, int], Tensor]  # (keys (B,), L) -> (B, L, C)
+
+
+def correlation_gain(
+    student: Denoiser,
+    process: AbsorbingProcess,
+    x_0: Tensor,
+    keys: Tensor,
+    latents: Latents,
+    *,
+    num_latents: int,
+    t: float = 1.0,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Means over x_0 (N, D) at time t, in nats a sample; with num_latents components to the mixture:
+
+    joint        log of the mixture's probability of the positions still masked
+    correlation  how much of it the positions owe to one another: joint - log of the product of its marginals.
+                 0 for a model without latents, or one that ignores them
+    information  summed over those positions, what the latent tells about each: H(mean over latents) - mean H
+    """
+    total = {"joint": 0.0, "correlation": 0.0, "information": 0.0}
+    with inference(student, x_0.device):
+        for rows in torch.arange(len(x_0), device=x_0.device).split(batch_size):
+            x_t = process.corrupt(x_0[rows], t, keys[rows])
+            time = torch.full((len(rows),), t, device=x_0.device)
+            logits = student(x_t, time, latents(keys[rows], num_latents))
+            weight = process.weight(x_t)
+            joint, correlation = ops.mixture_log_prob(logits, x_0[rows, None], weight)
+            total["joint"] += float(joint.double().sum())
+            total["correlation"] += float(correlation.double().sum())
+            total["information"] += float((_information(logits) * weight).sum())
+    return {name: value / len(x_0) for name, value in total.items()}
+
+
+def _information(logits: Tensor) -> Tensor:
+    """(B, L, D, S) -> (B, D): mutual information of the latent and the state at each position."""
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    mean = p.mean(1)
+    return torch.special.xlogy(p, p).sum(-1).mean(1) - torch.special.xlogy(mean, mean).sum(-1)

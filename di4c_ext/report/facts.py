@@ -1,0 +1,152 @@
+"""The numbers of a run, and the sentences that follow from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from di4c_ext import env
+from di4c_ext.data import ImageTokens
+
+# figure -> (title, unit); distances: lower is better
+FIGURES = {
+    "frechet_features": ("Fréchet distance, classifier features", ""),
+    "frechet_features_heldout": ("Fréchet distance to the held-out images, classifier features", ""),
+    "frechet_pixels": ("Fréchet distance, raw pixels", ""),
+    "frechet_pixels_heldout": ("Fréchet distance to the held-out images, raw pixels", ""),
+    "position_entropy": ("Entropy per position", "nats"),
+    "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
+}
+MATTERS = 0.1  # nats an image below which the latents are called unused
+
+
+@dataclass
+class Facts:
+    """Everything the report says; `results` is what `di4c_ext.distill.evaluate` returns."""
+
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    history: list[dict[str, Any]]
+    teacher_origin: str
+    seconds: dict[str, float]
+    images: ImageTokens
+    num_parameters: int
+    teacher_parameters: int
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({row["num_steps"] for row in self.results["rows"]})
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.results["rows"]})
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.results["rows"][0]["num_samples"])
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that could be measured on this data."""
+        return [name for name in FIGURES if name in self.results["rows"][0]]
+
+    @property
+    def main_figure(self) -> str:
+        """The distance the headline speaks of."""
+        return next(name for name in (*self.figures, "position_entropy") if name in self.figures)
+
+    def values(self, model: str, num_steps: int, figure: str) -> list[float]:
+        """One value a seed, in the order of `seeds`."""
+        rows = [r for r in self.results["rows"] if r["model"] == model and r["num_steps"] == num_steps]
+        return [row[figure] for row in sorted(rows, key=lambda row: row["seed"])]
+
+    def mean(self, model: str, num_steps: int, figure: str) -> float:
+        values = self.values(model, num_steps, figure)
+        return sum(values) / len(values)
+
+    def environment(self) -> list[tuple[str, str]]:
+        """Versions, device and kernels, without the machine's own variables."""
+        return [(name, value) for name, value in env.facts() if name != "DI4C_CACHE"]
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent for the sizes that occur."""
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def teacher_needs(facts: Facts, num_steps: int) -> str:
+    """How many steps the teacher takes to reach what the student has after `num_steps`."""
+    goal = facts.mean("student", num_steps, facts.main_figure)
+    reached = [n for n in facts.steps if facts.mean("teacher", n, facts.main_figure) <= goal]
+    if not reached:
+        return f"not reached within {facts.steps[-1]}"
+    return str(reached[0])
+
+
+def headline(facts: Facts) -> str:
+    """One sentence: what the fewest steps give, and when the teacher gets there."""
+    if not facts.main_figure.startswith("frechet"):
+        return "Teacher and student, sampled and compared"
+    n = facts.steps[0]
+    student, teacher = (facts.mean(model, n, facts.main_figure) for model in ("student", "teacher"))
+    first = f"In {plural(n, 'step')} the student stands {number(student)} from the data, its teacher {number(teacher)}"
+    needed = teacher_needs(facts, n)
+    if needed == str(n):
+        return f"{first}: no gain at {plural(n, 'step')}"
+    return f"{first}; the teacher " + (f"needs {needed} steps for that" if needed.isdigit() else "never gets there")
+
+
+def latent_verdict(facts: Facts) -> str:
+    """Whether the student uses its latents, with the number it rests on."""
+    first = facts.results["latents"][0]
+    gain = first["correlation"]
+    told = (
+        f"at the first step, with {plural(first['num_latents'], 'latent')}, the correlation between positions is worth "
+        f"{gain:.2f} nats for each held-out image, and a latent tells {first['information']:.2f} nats about its pixels"
+    )
+    if gain >= MATTERS:
+        return f"The student uses its latents: {told}."
+    return (
+        f"The student hardly uses its latents: {told}. More latents (--num_latents), more steps (--max_steps) or a "
+        "larger --data_weight help."
+    )
+
+
+def doubling(facts: Facts) -> list[tuple[int, float, float, int]]:
+    """(k, student at k, teacher at 2k, seeds at which the student is at or below) where both were measured."""
+    if not facts.main_figure.startswith("frechet"):
+        return []
+    found = []
+    for k in facts.steps:
+        if 2 * k in facts.steps:
+            student, teacher = (
+                facts.values(model, n, facts.main_figure) for model, n in (("student", k), ("teacher", 2 * k))
+            )
+            wins = sum(a <= b for a, b in zip(student, teacher, strict=True))
+            found.append((k, sum(student) / len(student), sum(teacher) / len(teacher), wins))
+    return found
+
+
+def evaluation_json(facts: Facts) -> str:
+    """All measured figures as JSON."""
+    kept = {name: value for name, value in facts.results.items() if name != "grids"}
+    return json.dumps({**kept, "seconds": facts.seconds}, indent=1) + "\n"
+
+
+def summary(facts: Facts) -> str:
+    """A table for the terminal: the headline distance, mean over seeds."""
+    figure = facts.main_figure
+    head = f"{'steps':<10}" + "".join(f"{n:>9}" for n in facts.steps)
+    lines = [
+        f"{model:<10}" + "".join(f"{number(facts.mean(model, n, figure)):>9}" for n in facts.steps)
+        for model in ("teacher", "student")
+    ]
+    floor = facts.results["floors"].get(figure)
+    title = f"{FIGURES[figure][0]} ({facts.num_samples} samples, mean of {plural(len(facts.seeds), 'seed')}"
+    title += f", real against real {number(floor)})" if floor is not None else ")"
+    return "\n".join(["", title, head, *lines, "", latent_verdict(facts)])

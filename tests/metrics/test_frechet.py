@@ -1,0 +1,64 @@
+"""The Fréchet distance against scipy's matrix square root, and its corner cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from di4c_ext.metrics import Moments, frechet_distance
+
+
+def _features(n: int, f: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(f, f, generator=generator, dtype=torch.float64)
+    return torch.randn(n, f, generator=generator, dtype=torch.float64) @ mix + shift
+
+
+@pytest.mark.parametrize("f", [1, 2, 32])
+def test_agrees_with_scipy(f: int) -> None:
+    a, b = _features(500, f, 1), _features(300, f, 2, shift=0.7)
+    cov_a, cov_b = (np.atleast_2d(np.cov(x.numpy().T)) for x in (a, b))
+    root = scipy.linalg.sqrtm(cov_a @ cov_b)
+    mean_term = float((a.mean(0) - b.mean(0)).square().sum())
+    expected = mean_term + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root).real
+    assert frechet_distance(Moments(a), Moments(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_streaming_is_one_pass_even_far_from_zero() -> None:
+    x = _features(1000, 8, 3) + 1e6
+    parts = Moments()
+    for some in x.split([1, 7, 0, 500, 492]):
+        parts.update(some)
+    whole = Moments(x)
+    assert parts.n == whole.n == 1000
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(parts.covariance, torch.cov(x.T), rtol=1e-8, atol=1e-8)
+
+
+def test_equal_samples_are_at_distance_zero_and_a_shift_costs_its_square() -> None:
+    x = _features(200, 5, 4)
+    assert frechet_distance(Moments(x), Moments(x)) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(Moments(x), Moments(x + 3)) == pytest.approx(45, rel=1e-9)
+
+
+def test_singular_covariances() -> None:
+    """A pixel that is always white has variance 0; two such sets differ by their means alone."""
+    x = _features(50, 4, 5)
+    x[:, 2] = 1.0
+    y = x.clone()
+    y[:, 2] = 0.0
+    assert frechet_distance(Moments(x), Moments(y)) == pytest.approx(1, rel=1e-9)
+
+
+def test_refuses_what_has_no_distance() -> None:
+    x = _features(10, 3, 6)
+    with pytest.raises(ValueError, match="needs at least 2"):
+        frechet_distance(Moments(x[:1]), Moments(x))
+    with pytest.raises(ValueError, match="3 features against 2"):
+        frechet_distance(Moments(x), Moments(x[:, :2]))
+    with pytest.raises(ValueError, match=r"shape \(10, 2\); give \(N, 3\)"):
+        Moments(x).update(x[:, :2])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Moments(torch.full((3, 2), torch.nan))
