@@ -1,4 +1,5 @@
-# make distill   environment, compiled kernels, the whole distillation, and where its report is
+# make distill   environment, compiled kernels, the whole distillation, and where its report is; a second time, it
+#                goes on with the run in $(OUTPUT)
 # make test      the same environment with the test extras, lint, types and the whole test suite
 #
 # Overridable: PYTHON, VENV, TORCH (what pip installs first, for example TORCH="torch --index-url ..."),
@@ -21,7 +22,7 @@ export PYTHONSAFEPATH = 1
 .PHONY: distill test lint clean
 
 distill: $(VENV)/.all
-	$(VENV)/bin/python -m di4c_ext.distill --output_dir $(OUTPUT) $(ARGS)
+	$(VENV)/bin/python -m di4c_ext.distill --output_dir $(OUTPUT) $(if $(wildcard $(OUTPUT)/distill_config.yaml),--resume) $(ARGS)
 
 test: $(VENV)/.test lint
 	$(VENV)/bin/pytest tests

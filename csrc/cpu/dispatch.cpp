@@ -1,0 +1,94 @@
+// Compiled for the baseline, like everything outside the families: it must run before a processor is known.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace di4c::cpu {
+namespace {
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  void (*random_bits)(const RandomBitsArgs&, int);
+  void (*sample)(const SampleArgs&, int);
+  void (*mixture_log_prob)(const MixtureLogProbArgs&, int);
+  void (*mixture_log_prob_backward)(const MixtureLogProbBackwardArgs&, int);
+  void (*mixture_kl)(const MixtureKlArgs&, int);
+  void (*mixture_kl_backward)(const MixtureKlBackwardArgs&, int);
+  void (*row_loss)(const RowLossArgs&, int);
+  void (*row_loss_backward)(const RowLossBackwardArgs&, int);
+};
+
+#define DI4C_KERNELS(isa, supported)                                                                           \
+  {                                                                                                            \
+#isa, supported, isa::random_bits, isa::sample, isa::mixture_log_prob, isa::mixture_log_prob_backward,         \
+        isa::mixture_kl, isa::mixture_kl_backward, isa::row_loss, isa::row_loss_backward                       \
+  }
+
+// __builtin_cpu_supports also asks whether the system saves the registers. Every processor with AVX2 has F16C.
+const Kernels kBuilt[] = {  // widest first
+#ifdef DI4C_HAS_AVX512
+    DI4C_KERNELS(avx512, [] {
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+    }),
+#endif
+#ifdef DI4C_HAS_AVX2
+    DI4C_KERNELS(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+#endif
+#ifdef DI4C_HAS_NEON
+    DI4C_KERNELS(neon, [] { return true; }),
+#endif
+#ifdef DI4C_HAS_BASELINE
+    DI4C_KERNELS(baseline, [] { return true; }),
+#endif
+};
+
+const Kernels& widest() {
+  static const Kernels* found = [] {
+    for (const Kernels& k : kBuilt)
+      if (k.supported()) return &k;
+    return static_cast<const Kernels*>(nullptr);
+  }();
+  if (!found) throw std::runtime_error("di4c_ext: no instruction set that was built runs on this processor");
+  return *found;
+}
+
+const Kernels& active() {
+  const char* forced = std::getenv("DI4C_ISA");
+  if (!forced || !*forced) return widest();
+  const std::string wanted = forced;
+  std::string names;
+  for (const Kernels& k : kBuilt) {
+    if (k.name == wanted && k.supported()) return k;
+    if (k.supported()) names += (names.empty() ? "" : ", ") + std::string(k.name);
+  }
+  throw std::invalid_argument("DI4C_ISA=" + wanted +
+                              " is no instruction set that is built and runs here; unset it or use one of: " + names);
+}
+
+}  // namespace
+
+std::vector<std::string> isas_built() {
+  std::vector<std::string> names;
+  for (const Kernels& k : kBuilt) names.emplace_back(k.name);
+  return names;
+}
+
+std::string isa_active() { return active().name; }
+
+void random_bits(const RandomBitsArgs& a, int threads) { active().random_bits(a, threads); }
+void sample(const SampleArgs& a, int threads) { active().sample(a, threads); }
+void mixture_log_prob(const MixtureLogProbArgs& a, int threads) { active().mixture_log_prob(a, threads); }
+void mixture_log_prob_backward(const MixtureLogProbBackwardArgs& a, int threads) {
+  active().mixture_log_prob_backward(a, threads);
+}
+void mixture_kl(const MixtureKlArgs& a, int threads) { active().mixture_kl(a, threads); }
+void mixture_kl_backward(const MixtureKlBackwardArgs& a, int threads) { active().mixture_kl_backward(a, threads); }
+void row_loss(const RowLossArgs& a, int threads) { active().row_loss(a, threads); }
+void row_loss_backward(const RowLossBackwardArgs& a, int threads) { active().row_loss_backward(a, threads); }
+
+}  // namespace di4c::cpu

@@ -1,0 +1,155 @@
+// Rows of logits in memory, and what every kernel asks of a row: its maximum and the log of its sum of exponentials.
+#pragma once
+#include "di4c/api.h"
+#include "pool.h"
+#include "vec.h"
+
+namespace di4c::cpu::DI4C_ISA {
+
+static inline int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+// S classes starting at `data`; any alignment that the dtype itself allows.
+struct Row {
+  const void* data;
+  DType dtype;
+};
+
+static inline Row row_at(const Logits& x, int64_t b, int64_t l, int64_t d) {
+  const int64_t offset = b * x.stride_b + l * x.stride_l + d * x.stride_d;
+  return {static_cast<const char*>(x.data) + offset * (x.dtype == kFloat32 ? 4 : 2), x.dtype};
+}
+
+// Elements [start, start + n) as floats: in place where they are floats, otherwise converted into `buffer`, which holds
+// n rounded up to W.
+static inline const float* read(const Row& row, int64_t start, int n, float* buffer) {
+  if (row.dtype == kFloat32) return static_cast<const float*>(row.data) + start;
+  const uint16_t* source = static_cast<const uint16_t*>(row.data) + start;
+  const auto convert = [&](auto widen) {
+    int i = 0;
+    u16 v = {};
+    for (; i + W <= n; i += W) {
+      memcpy(&v, source + i, sizeof v);
+      store(buffer + i, widen(v));
+    }
+    if (i < n) {
+      memcpy(&v, source + i, static_cast<size_t>(n - i) * 2);
+      store(buffer + i, widen(v));
+    }
+  };
+  if (row.dtype == kBFloat16)
+    convert([](u16 v) { return from_bfloat16(v); });
+  else
+    convert([](u16 v) { return from_float16(v); });
+  return buffer;
+}
+
+static inline float read_one(const Row& row, int64_t i) {
+  if (row.dtype == kFloat32) return static_cast<const float*>(row.data)[i];
+  float buffer[W];
+  return read(row, i, 1, buffer)[0];
+}
+
+// Where a piece of gradient row [start, start + n) is to be computed: its place in `grad` (floats) or `buffer`.
+static inline float* write_target(void* grad, DType dtype, int64_t start, float* buffer) {
+  return dtype == kFloat32 ? static_cast<float*>(grad) + start : buffer;
+}
+
+// Rounds the piece computed in `buffer` into `grad`, where it is not floats and so already there.
+static inline void write(void* grad, DType dtype, int64_t start, int n, const float* buffer) {
+  if (dtype == kFloat32) return;
+  uint16_t* target = static_cast<uint16_t*>(grad) + start;
+  for (int i = 0; i < n; i += W) {
+    const int count = min_int(n - i, W);
+    const f32 x = count == W ? load(buffer + i) : load(buffer + i, count, 0.0f);
+    const u16 v = dtype == kBFloat16 ? to_bfloat16(x) : to_float16(x);
+    memcpy(target + i, &v, static_cast<size_t>(count) * 2);
+  }
+}
+
+static inline char* grad_row(void* grad, DType dtype, int64_t row, int64_t S) {
+  return static_cast<char*>(grad) + row * S * (dtype == kFloat32 ? 4 : 2);
+}
+
+static inline void zero_row(void* grad, DType dtype, int64_t row, int64_t S) {
+  memset(grad_row(grad, dtype, row, S), 0, static_cast<size_t>(S) * (dtype == kFloat32 ? 4 : 2));
+}
+
+// f(u, i, count, x) for the vectors of x[0..n): u their place in the block of kLanes, i their first element, count >= W
+// or, for the last, how many of its lanes are of the row; the others hold `fill`. Pass f as DI4C_EACH {...}.
+#define DI4C_EACH(...) [&](__VA_ARGS__) __attribute__((always_inline))
+template <typename F>
+static inline __attribute__((always_inline)) void each(const float* x, int n, float fill, const F& f) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) f(u, i + u * W, W, load(x + i + u * W));
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u, i += W)
+    if (i < n) f(u, i, n - i, load(x + i, n - i, fill));
+}
+
+static inline float max_of(const float* x, int n) {
+  f32 m[U];
+  for (int u = 0; u < U; ++u) m[u] = set(-kInf);
+  each(x, n, -kInf, DI4C_EACH(int u, int, int, f32 v) { m[u] = max(v, m[u]); });
+  return max_block(m);
+}
+
+// sum exp(x - m), NaN where any x is. With m = -inf (every x is -inf, or NaN passed the maximum by) it is 0 or NaN.
+static inline float sum_exp(const float* x, int n, float m) {
+  const f32 shift = set(m == -kInf ? 0.0f : m);
+  f32 s[U] = {};
+  each(x, n, -kInf, DI4C_EACH(int u, int, int, f32 v) { s[u] += exp_nonpos(v - shift); });
+  return sum_block(s);
+}
+
+// A row's normaliser in two parts, log sum exp x = max + log_sum: x - max is exact where it matters, so that a shift of
+// all logits costs nothing. NaN in log_sum where the row is bad: it holds a NaN or +inf, or is -inf throughout.
+struct Norm {
+  float max, log_sum;
+  double log_sum_exact;
+};
+
+static inline Norm norm_of(const Row& row, int64_t S, float* buffer) {
+  float top = -kInf;
+  double sum = 0;
+  for (int64_t start = 0; start < S; start += kChunk) {
+    const int n = min_int(S - start, kChunk);
+    const float* x = read(row, start, n, buffer);
+    const float m = max_of(x, n), s = sum_exp(x, n, m);
+    if (start == 0) {
+      sum = s;
+      top = m;
+    } else if (m > top) {
+      sum = (sum == 0 ? 0 : sum * ::exp(static_cast<double>(top) - m)) + s;
+      top = m;
+    } else {
+      sum += s == 0 ? 0 : s * ::exp(static_cast<double>(m) - top);
+    }
+  }
+  const double log_sum = sum > 0 ? ::log(sum) : __builtin_nan("");
+  return {top, static_cast<float>(log_sum), log_sum};
+}
+
+static inline float row_max(const Row& row, int64_t S, float* buffer) {
+  float top = -kInf;
+  for (int64_t start = 0; start < S; start += kChunk) {
+    const int n = min_int(S - start, kChunk);
+    const float m = max_of(read(row, start, n, buffer), n);
+    top = m > top ? m : top;
+  }
+  return top;
+}
+
+// f(i, scratch) for i in [0, tasks). `elements` is what all tasks read together: threads are woken for enough only.
+template <typename F>
+static inline void parallel(int64_t tasks, int threads, int64_t elements, size_t scratch_bytes, const F& f) {
+  constexpr int64_t kPerThread = 1 << 14;
+  run(tasks, min_int(threads, 1 + elements / kPerThread), scratch_bytes,
+      [](void* context, int64_t i, void* scratch) { (*static_cast<const F*>(context))(i, scratch); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+static inline float weight_at(const float* weight, int64_t i) { return weight ? weight[i] : 1.0f; }
+
+}  // namespace di4c::cpu::DI4C_ISA
