@@ -151,7 +151,7 @@ class CMakeBuild(build_ext):
             "-DDI4C_CUDA=ON",
             "-DDI4C_CUDA_REASON=",
             f"-DCMAKE_CUDA_COMPILER={nvcc}",
-            f"-DDI4C_CUDA_ARCHS={','.join(archs)}",  # commas: a semicolon would make a CMake list of it
+            f"-DDI4C_CUDA_ARCHS={';'.join(archs)}",
         ]
 
 
