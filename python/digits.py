@@ -4,9 +4,10 @@
     python python/digits.py --seeds 0 --max_steps 100        # flags it does not know go to di4c_ext.distill
 
 Each seed trains its own teacher and student with `di4c_ext.distill` (its preset `digits`) and draws 2,000 samples of
-each at 1, 2, 4, 8, 16 and 64 steps. The table goes to python/results/digits.md, every figure to digits.json. Exit code
-1 if a seed misses what the method promises: the student at 1, 2 and 4 steps at or below the teacher at twice as many,
-clearly below it (by a tenth) at 8, at or below it at 16.
+each at 1, 2, 4, 8, 16 and 64 steps. Into python/results/ go the table (digits.md), every figure (digits.json) and a
+picture (digits.png: the first seed's samples, all seeds' curves). Exit code 1 if a seed misses what the method
+promises: the student at 1, 2 and 4 steps at or below the teacher at twice as many, clearly below it (by a tenth) at 8,
+at or below it at 16.
 """
 
 from __future__ import annotations
@@ -83,11 +84,45 @@ def report(seeds: dict[int, dict[str, Any]], samples: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(seeds: dict[int, dict[str, Any]], samples: Path, file: Path) -> None:
+    """Samples at few steps, teacher above student, beside both curves; `samples` is a run's folder of PNGs."""
+    from matplotlib import pyplot as plt
+
+    shown = (1, 2, 4, 8)
+    colours = {"teacher": "#b5651d", "student": "#1f5fbf"}
+    figure = plt.figure(figsize=(12, 4.3), layout="constrained")
+    grids, chart = figure.subfigures(1, 2, width_ratios=(2, 1.25))
+    axes = grids.subplots(2, len(shown))
+    for row, model in enumerate(colours):
+        for n, ax in zip(shown, axes[row], strict=True):
+            ax.imshow(plt.imread(samples / f"{model}-{n:03d}steps.png"), cmap="gray", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(f"{n} step{'s' if n > 1 else ''}")
+        axes[row, 0].set_ylabel(model, color=colours[model], fontsize=13, fontweight="bold")
+    ax = chart.subplots()
+    for model, colour in colours.items():
+        rows = [distances(measured, model) for measured in seeds.values()]
+        ax.plot(STEPS, [mean([row[n] for row in rows]) for n in STEPS], color=colour, lw=2, label=model)
+        for row in rows:
+            ax.plot(STEPS, [row[n] for n in STEPS], "o", color=colour, ms=4, alpha=0.6)
+    ax.axhline(next(iter(seeds.values()))["floors"][FIGURE], color="gray", ls="--", lw=1, label="real against real")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(STEPS, [str(n) for n in STEPS])
+    ax.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+    ax.minorticks_off()
+    ax.set(xlabel="sampling steps", ylabel="Fréchet distance, classifier features")
+    ax.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_samples", type=int, default=2000, help="samples per figure")
-    parser.add_argument("--runs", type=Path, default=Path("di4c_digits"), help="folder of the runs, one a seed")
+    parser.add_argument("--runs", type=Path, default=Path("runs/digits-seeds"), help="folder of the runs, one a seed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of digits.md and digits.json")
     args, flags = parser.parse_known_args()
     seeds = {seed: train_and_measure(seed, args.runs, args.num_samples, flags) for seed in args.seeds}
@@ -96,6 +131,7 @@ def main() -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "digits.md").write_text(text, encoding="utf-8")
     (args.results / "digits.json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
+    picture(seeds, args.runs / f"seed-{min(seeds)}" / "samples", args.results / "digits.png")
     print(text)
     return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
 
