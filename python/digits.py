@@ -91,16 +91,16 @@ def picture(seeds: dict[int, dict[str, Any]], samples: Path, file: Path) -> None
     shown = (1, 2, 4, 8)
     colours = {"teacher": "#b5651d", "student": "#1f5fbf"}
     figure = plt.figure(figsize=(12, 4.3), layout="constrained")
-    grids, chart = figure.subfigures(1, 2, width_ratios=(2, 1.25))
-    axes = grids.subplots(2, len(shown))
-    for row, model in enumerate(colours):
-        for n, ax in zip(shown, axes[row], strict=True):
+    panels: Any = figure.subfigures(1, 2, width_ratios=(2, 1.25))
+    axes = panels[0].subplots(2, len(shown))
+    for i, model in enumerate(colours):
+        for n, ax in zip(shown, axes[i], strict=True):
             ax.imshow(plt.imread(samples / f"{model}-{n:03d}steps.png"), cmap="gray", interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            if row == 0:
+            if i == 0:
                 ax.set_title(f"{n} step{'s' if n > 1 else ''}")
-        axes[row, 0].set_ylabel(model, color=colours[model], fontsize=13, fontweight="bold")
-    ax = chart.subplots()
+        axes[i, 0].set_ylabel(model, color=colours[model], fontsize=13, fontweight="bold")
+    ax = panels[1].subplots()
     for model, colour in colours.items():
         rows = [distances(measured, model) for measured in seeds.values()]
         ax.plot(STEPS, [mean([row[n] for row in rows]) for n in STEPS], color=colour, lw=2, label=model)

@@ -13,10 +13,6 @@ struct Scratch {
   float x[kChunk], y[kChunk];
 };
 
-struct Normaliser {  // as the backward pass knows it
-  float max, log_sum;
-};
-
 // The terms of one class of a divergence.
 template <RowLoss kind>
 Terms terms(f32 t, f32 log_t, f32 p, f32 log_p) {
@@ -40,8 +36,8 @@ f32 slope(f32 t, f32 log_t, f32 p, f32 log_p, f32 g, f32 scalar) {
 // f(u, start, i, n, t, log_t, p, log_p) for the vectors of a target row and a student row: elements start + i on of the
 // chunk [start, start + n).
 template <typename F>
-inline __attribute__((always_inline)) void each_pair(const Row& target, const Row& row, int64_t S, Normaliser y,
-                                                     Normaliser x, Scratch& s, const F& f) {
+inline __attribute__((always_inline)) void each_pair(const Row& target, const Row& row, int64_t S, Norm y, Norm x,
+                                                     Scratch& s, const F& f) {
   for (int64_t start = 0; start < S; start += kChunk) {
     const int n = min_int(S - start, kChunk);
     const float* b = read(row, start, n, s.x);
@@ -54,8 +50,7 @@ inline __attribute__((always_inline)) void each_pair(const Row& target, const Ro
 }
 
 template <RowLoss kind>
-void forward_row(const Row& target, const Row& row, int64_t S, Normaliser y, Normaliser x, Scratch& s, float& loss,
-                 float& scalar) {
+void forward_row(const Row& target, const Row& row, int64_t S, Norm y, Norm x, Scratch& s, float& loss, float& scalar) {
   double loss_sum = 0, scalar_sum = 0;
   f32 part_loss[U] = {}, part_scalar[U] = {};
   each_pair(target, row, S, y, x, s,
@@ -73,8 +68,8 @@ void forward_row(const Row& target, const Row& row, int64_t S, Normaliser y, Nor
 }
 
 template <RowLoss kind>
-void backward_row(const RowLossBackwardArgs& args, const Row& target, const Row& row, void* grad, Normaliser y,
-                  Normaliser x, Scratch& s, float upstream, float scalar) {
+void backward_row(const RowLossBackwardArgs& args, const Row& target, const Row& row, void* grad, Norm y, Norm x,
+                  Scratch& s, float upstream, float scalar) {
   const f32 g = set(upstream), c = set(scalar);
   const DType dtype = args.logits.dtype;
   const auto visit = DI4C_EACH(int, int64_t start, int i, int n, f32 t, f32 log_t, f32 p, f32 log_p) {
@@ -85,7 +80,7 @@ void backward_row(const RowLossBackwardArgs& args, const Row& target, const Row&
   each_pair(target, row, args.S, y, x, s, visit);
 }
 
-void cross_entropy_backward(const RowLossBackwardArgs& args, const Row& row, void* grad, Normaliser x, Scratch& s,
+void cross_entropy_backward(const RowLossBackwardArgs& args, const Row& row, void* grad, Norm x, Scratch& s,
                             float upstream, int64_t token) {
   const f32 g = set(upstream);
   const DType dtype = args.logits.dtype;
@@ -108,28 +103,28 @@ void forward_position(const RowLossArgs& args, int64_t b, int64_t d, Scratch& s)
   const int64_t count = args.B * args.L * args.D;
   const bool used = weight_at(args.weight, b * args.D + d) != 0, cross = args.kind == kCrossEntropy;
   const Row target = cross ? Row{nullptr, kFloat32} : row_at(args.target, b, 0, d);
-  Norm y{};
-  if (used && !cross) y = norm_of(target, args.S, s.y);
+  const Norm y = used && !cross ? Norm(norm_of(target, args.S, s.y)) : Norm{};
   for (int64_t l = 0; l < args.L; ++l) {
     const int64_t i = (b * args.L + l) * args.D + d;
-    args.row[i] = args.stats[i] = args.stats[count + i] = args.stats[2 * count + i] = 0;
+    float &loss = args.row[i], &scalar = args.stats[4 * count + i];
+    loss = scalar = 0;
+    keep(Norm{}, args.stats, count, i);
+    keep(y, args.stats + 2 * count, count, i);
     if (!used) continue;
     const Row row = row_at(args.logits, b, l, d);
-    const Norm x = norm_of(row, args.S, s.x);
-    args.stats[i] = x.log_sum;
-    args.stats[count + i] = y.log_sum;
-    const Normaliser ny{y.max, y.log_sum}, nx{x.max, x.log_sum};
-    float &loss = args.row[i], &scalar = args.stats[2 * count + i];
+    const ExactNorm exact = norm_of(row, args.S, s.x);
+    const Norm x = exact;
+    keep(x, args.stats, count, i);
     const int64_t token = cross ? args.tokens[b * args.D + d] : 0;
     switch (args.kind) {
-      case kForwardKl: forward_row<kForwardKl>(target, row, args.S, ny, nx, s, loss, scalar); break;
-      case kReverseKl: forward_row<kReverseKl>(target, row, args.S, ny, nx, s, loss, scalar); break;
-      case kJensenShannon: forward_row<kJensenShannon>(target, row, args.S, ny, nx, s, loss, scalar); break;
-      case kTotalVariation: forward_row<kTotalVariation>(target, row, args.S, ny, nx, s, loss, scalar); break;
+      case kForwardKl: forward_row<kForwardKl>(target, row, args.S, y, x, s, loss, scalar); break;
+      case kReverseKl: forward_row<kReverseKl>(target, row, args.S, y, x, s, loss, scalar); break;
+      case kJensenShannon: forward_row<kJensenShannon>(target, row, args.S, y, x, s, loss, scalar); break;
+      case kTotalVariation: forward_row<kTotalVariation>(target, row, args.S, y, x, s, loss, scalar); break;
       case kCrossEntropy:
         loss = token < 0 || token >= args.S
                    ? kNan
-                   : static_cast<float>(static_cast<double>(x.max) - read_one(row, token) + x.log_sum_exact);
+                   : static_cast<float>(exact.log_sum - (static_cast<double>(read_one(row, token)) - x.max));
     }
   }
 }
@@ -139,7 +134,6 @@ void backward_position(const RowLossBackwardArgs& args, int64_t b, int64_t d, Sc
   const float weight = weight_at(args.weight, b * args.D + d);
   const bool cross = args.kind == kCrossEntropy;
   const Row target = cross ? Row{nullptr, kFloat32} : row_at(args.target, b, 0, d);
-  const float target_max = weight != 0 && !cross ? row_max(target, args.S, s.y) : 0.0f;
   for (int64_t l = 0; l < args.L; ++l) {
     const int64_t i = (b * args.L + l) * args.D + d;
     if (weight == 0) {
@@ -147,9 +141,9 @@ void backward_position(const RowLossBackwardArgs& args, int64_t b, int64_t d, Sc
       continue;
     }
     const Row row = row_at(args.logits, b, l, d);
-    const Normaliser x{row_max(row, args.S, s.x), args.stats[i]}, y{target_max, args.stats[count + i]};
+    const Norm x = kept(args.stats, count, i), y = kept(args.stats + 2 * count, count, i);
     void* grad = grad_row(args.grad, args.logits.dtype, i, args.S);
-    const float g = weight * args.grad_loss[b * args.L + l], scalar = args.stats[2 * count + i];
+    const float g = weight * args.grad_loss[b * args.L + l], scalar = args.stats[4 * count + i];
     switch (args.kind) {
       case kForwardKl: backward_row<kForwardKl>(args, target, row, grad, y, x, s, g, scalar); break;
       case kReverseKl: backward_row<kReverseKl>(args, target, row, grad, y, x, s, g, scalar); break;

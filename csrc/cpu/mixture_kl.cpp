@@ -14,8 +14,8 @@ constexpr int kColumns = 128;
 
 // Rows 0..count of one position, their normalisers, and a strip of them.
 struct Mixture {
-  float *row_max, *log_sum;  // (count)
-  float* e;                  // (count, kColumns)
+  Norm* norm;  // (count)
+  float* e;    // (count, kColumns)
   float top[kColumns], sum[kColumns];
 };
 
@@ -26,17 +26,16 @@ struct Scratch {
 
   static int64_t rows(int64_t T, int64_t L) { return T > L ? T : L; }
   static size_t bytes(int64_t T, int64_t L) {
-    return sizeof(Scratch) + static_cast<size_t>(rows(T, L) * kColumns + 2 * (T + L)) * 4 + static_cast<size_t>(L) * 8;
+    const size_t pull = sizeof(double) * L, e = sizeof(float) * rows(T, L) * kColumns, norms = sizeof(Norm) * (T + L);
+    return sizeof(Scratch) + pull + e + norms;
   }
   // Lays the tables out behind the struct; the strips of target and logits take turns in one.
   static Scratch& at(void* memory, int64_t T, int64_t L, double*& pull) {
     Scratch& s = *static_cast<Scratch*>(memory);
     pull = reinterpret_cast<double*>(&s + 1);
     s.target.e = s.logits.e = reinterpret_cast<float*>(pull + L);
-    s.target.row_max = s.logits.e + rows(T, L) * kColumns;
-    s.target.log_sum = s.target.row_max + T;
-    s.logits.row_max = s.target.log_sum + T;
-    s.logits.log_sum = s.logits.row_max + L;
+    s.target.norm = reinterpret_cast<Norm*>(s.logits.e + rows(T, L) * kColumns);
+    s.logits.norm = s.target.norm + T;
     return s;
   }
 };
@@ -45,7 +44,7 @@ struct Scratch {
 void strip(Mixture& mix, const Logits& x, int64_t count, int64_t b, int64_t d, int64_t start, int n, float* buffer) {
   for (int j = 0; j < n; j += W) store(mix.top + j, set(-kInf));
   for (int64_t l = 0; l < count; ++l) {
-    const f32 m = set(mix.row_max[l]), s = set(mix.log_sum[l]);
+    const f32 m = set(mix.norm[l].max), s = set(mix.norm[l].log_sum);
     float* a = mix.e + l * kColumns;
     each(read(row_at(x, b, l, d), start, n, buffer), n, -kInf, DI4C_EACH(int, int j, int, f32 v) {
       v = v - m - s;
@@ -74,7 +73,7 @@ f32 log_mean(const Mixture& mix, int j, float log_count) {
 // The target's strip: its probabilities and their logs.
 void target_strip(Scratch& s, const Logits& x, int64_t T, int64_t b, int64_t d, int64_t start, int n) {
   if (T == 1) {
-    const f32 m = set(s.target.row_max[0]), shift = set(s.target.log_sum[0]);
+    const f32 m = set(s.target.norm[0].max), shift = set(s.target.norm[0].log_sum);
     each(read(row_at(x, b, 0, d), start, n, s.buffer), n, -kInf, DI4C_EACH(int, int j, int, f32 v) {
       v = v - m - shift;
       store(s.log_t + j, v);
@@ -92,15 +91,14 @@ void target_strip(Scratch& s, const Logits& x, int64_t T, int64_t b, int64_t d, 
 }
 
 void forward_position(const MixtureKlArgs& args, int64_t b, int64_t d, Scratch& s, double* pull) {
-  const auto keep = [&](const Logits& x, int64_t count, float* lse, Mixture& mix) {
+  const auto normalise = [&](const Logits& x, int64_t count, float* lse, Mixture& mix) {
     for (int64_t l = 0; l < count; ++l) {
-      const Norm norm = norm_of(row_at(x, b, l, d), args.S, s.buffer);
-      mix.row_max[l] = norm.max;
-      lse[(b * count + l) * args.D + d] = mix.log_sum[l] = norm.log_sum;
+      mix.norm[l] = norm_of(row_at(x, b, l, d), args.S, s.buffer);
+      keep(mix.norm[l], lse, args.B * count * args.D, (b * count + l) * args.D + d);
     }
   };
-  keep(args.target, args.T, args.lse_target, s.target);
-  keep(args.logits, args.L, args.lse, s.logits);
+  normalise(args.target, args.T, args.lse_target, s.target);
+  normalise(args.logits, args.L, args.lse, s.logits);
   for (int64_t l = 0; l < args.L; ++l) pull[l] = 0;
   const float log_count = static_cast<float>(::log(static_cast<double>(args.L)));
   double kl = 0;
@@ -134,14 +132,12 @@ void backward_position(const MixtureKlBackwardArgs& args, int64_t b, int64_t d, 
     for (int64_t l = 0; l < args.L; ++l) zero_row(args.grad, dtype, row_of(l), args.S);
     return;
   }
-  const auto recall = [&](const Logits& x, int64_t count, const float* lse, Mixture& mix) {
-    for (int64_t l = 0; l < count; ++l) {
-      mix.row_max[l] = row_max(row_at(x, b, l, d), args.S, s.buffer);
-      mix.log_sum[l] = lse[(b * count + l) * args.D + d];
-    }
+  const auto recall = [&](int64_t count, const float* lse, Mixture& mix) {
+    for (int64_t l = 0; l < count; ++l)
+      mix.norm[l] = kept(lse, args.B * count * args.D, (b * count + l) * args.D + d);
   };
-  recall(args.target, args.T, args.lse_target, s.target);
-  recall(args.logits, args.L, args.lse, s.logits);
+  recall(args.T, args.lse_target, s.target);
+  recall(args.L, args.lse, s.logits);
   const f32 g = set(weight * args.grad_kl[b]);
   for (int64_t start = 0; start < args.S; start += kColumns) {
     const int n = min_int(args.S - start, kColumns);
@@ -186,8 +182,8 @@ void mixture_kl(const MixtureKlArgs& args, int threads) {
         continue;
       }
       args.row[i] = 0;
-      for (int64_t l = 0; l < args.T; ++l) args.lse_target[(b * args.T + l) * args.D + d] = 0;
-      for (int64_t l = 0; l < args.L; ++l) args.lse[(b * args.L + l) * args.D + d] = 0;
+      for (int64_t l = 0; l < args.T; ++l) keep({}, args.lse_target, total * args.T, (b * args.T + l) * args.D + d);
+      for (int64_t l = 0; l < args.L; ++l) keep({}, args.lse, total * args.L, (b * args.L + l) * args.D + d);
       for (int64_t l = 0; l < args.L; ++l) args.pull[(b * args.L + l) * args.D + d] = 0;
     }
   });

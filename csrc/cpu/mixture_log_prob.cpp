@@ -16,14 +16,13 @@ struct Tables {
   int64_t Kp;
   double *a, *top, *lme;     // (L, Kp), (Kp), (Kp)
   float *e, *sum, *by_token; // (L, Kp), (Kp), (Kp)
-  float *row_max, *log_sum;  // (L)
   int64_t* first;            // (Kp): the first k with the same token
   float* buffer;             // kChunk
 
   static int64_t padded(int64_t K) { return ceil_div(K, W) * W; }
   static size_t bytes(int64_t L, int64_t K) {
     const int64_t Kp = padded(K);
-    return static_cast<size_t>((L + 2) * Kp * 8 + (L + 2) * Kp * 4 + Kp * 8 + (2 * L + kChunk) * 4 + 64);
+    return static_cast<size_t>((L + 2) * Kp * 8 + (L + 2) * Kp * 4 + Kp * 8 + kChunk * 4 + 64);
   }
   Tables(void* memory, int64_t L, int64_t K) : Kp(padded(K)) {
     a = static_cast<double*>(memory);
@@ -33,19 +32,18 @@ struct Tables {
     e = reinterpret_cast<float*>(first + Kp);
     sum = e + L * Kp;
     by_token = sum + Kp;
-    row_max = by_token + Kp;
-    log_sum = row_max + L;
-    buffer = log_sum + L;
+    buffer = by_token + Kp;
   }
 };
 
 // a_lk of one row for the K tokens at position d; NaN for a token that is no class.
 template <typename Args>
-void gather(const Args& args, const Tables& t, int64_t b, int64_t l, int64_t d, const Row& row, double log_norm) {
+void gather(const Args& args, const Tables& t, int64_t b, int64_t l, int64_t d, const Row& row, ExactNorm norm) {
   for (int64_t k = 0; k < args.K; ++k) {
     const int64_t token = args.tokens[(b * args.K + k) * args.D + d];
     const bool valid = token >= 0 && token < args.S;
-    t.a[l * t.Kp + k] = valid ? static_cast<double>(read_one(row, token)) - log_norm : __builtin_nan("");
+    t.a[l * t.Kp + k] =
+        valid ? (static_cast<double>(read_one(row, token)) - norm.max) - norm.log_sum : __builtin_nan("");
   }
   for (int64_t k = args.K; k < t.Kp; ++k) t.a[l * t.Kp + k] = 0;
 }
@@ -77,13 +75,10 @@ void forward_block(const MixtureLogProbArgs& args, int64_t b, int64_t block, dou
   for (int64_t d = block * kPositions; d < end; ++d) {
     const double w = weight_at(args.weight, b * args.D + d);
     for (int64_t l = 0; l < args.L; ++l) {
-      float& kept = args.lse[(b * args.L + l) * args.D + d];
-      kept = 0;
-      if (w == 0) continue;
       const Row row = row_at(args.logits, b, l, d);
-      const Norm norm = norm_of(row, args.S, t.buffer);
-      kept = norm.log_sum;
-      gather(args, t, b, l, d, row, static_cast<double>(norm.max) + norm.log_sum_exact);
+      const ExactNorm norm = w == 0 ? ExactNorm{} : norm_of(row, args.S, t.buffer);
+      keep(norm, args.lse, args.B * args.L * args.D, (b * args.L + l) * args.D + d);
+      if (w != 0) gather(args, t, b, l, d, row, norm);
     }
     if (w == 0) continue;
     normalise(t, args.L);
@@ -120,15 +115,20 @@ void finish(const MixtureLogProbArgs& args, int64_t b, int64_t k, int64_t blocks
   args.joint[b * args.K + k] = static_cast<float>(correlation + total(args.L));
 }
 
+Norm norm_at(const MixtureLogProbBackwardArgs& args, int64_t b, int64_t l, int64_t d) {
+  return kept(args.lse, args.B * args.L * args.D, (b * args.L + l) * args.D + d);
+}
+
 // grad row = -total p + the coefficients at their tokens, each element rounded once.
 void backward_row(const MixtureLogProbBackwardArgs& args, const Tables& t, int64_t b, int64_t l, int64_t d) {
   const Row row = row_at(args.logits, b, l, d);
+  const Norm norm = norm_at(args, b, l, d);
   const DType dtype = args.logits.dtype;
   void* grad = grad_row(args.grad, dtype, (b * args.L + l) * args.D + d, args.S);
   const float* coefficient = t.e + l * t.Kp;
   float total = 0;
   for (int64_t k = 0; k < args.K; ++k) total += coefficient[k], t.by_token[k] = 0;
-  const f32 m = set(t.row_max[l]), s = set(t.log_sum[l]), minus = set(-total);
+  const f32 m = set(norm.max), s = set(norm.log_sum), minus = set(-total);
   for (int64_t start = 0; start < args.S; start += kChunk) {
     const int n = min_int(args.S - start, kChunk);
     float* out = write_target(grad, dtype, start, t.buffer);
@@ -160,10 +160,8 @@ void backward_position(const MixtureLogProbBackwardArgs& args, const Tables& t, 
     return;
   }
   for (int64_t l = 0; l < args.L; ++l) {
-    const Row row = row_at(args.logits, b, l, d);
-    t.row_max[l] = row_max(row, args.S, t.buffer);
-    t.log_sum[l] = args.lse[(b * args.L + l) * args.D + d];
-    gather(args, t, b, l, d, row, static_cast<double>(t.row_max[l]) + static_cast<double>(t.log_sum[l]));
+    const Norm norm = norm_at(args, b, l, d);
+    gather(args, t, b, l, d, row_at(args.logits, b, l, d), {norm.max, norm.log_sum});
   }
   normalise(t, args.L);
   const int64_t* tokens = args.tokens + b * args.K * args.D + d;
@@ -189,7 +187,7 @@ void backward_position(const MixtureLogProbBackwardArgs& args, const Tables& t, 
 
 void mixture_log_prob(const MixtureLogProbArgs& args, int threads) {
   const int64_t blocks = ceil_div(args.D, kPositions), elements = args.B * args.L * args.D * (args.S + args.K);
-  if (args.L <= 0 || args.K <= 0) return;
+  if (args.L <= 0) return;
   parallel(args.B * blocks, threads, elements, Tables::bytes(args.L, args.K), [&](int64_t task, void* scratch) {
     forward_block(args, task / blocks, task % blocks, args.work + task * (args.L + 1) * args.K,
                   Tables(scratch, args.L, args.K));

@@ -107,10 +107,23 @@ static inline float sum_exp(const float* x, int n, float m) {
 // all logits costs nothing. NaN in log_sum where the row is bad: it holds a NaN or +inf, or is -inf throughout.
 struct Norm {
   float max, log_sum;
-  double log_sum_exact;
 };
 
-static inline Norm norm_of(const Row& row, int64_t S, float* buffer) {
+struct ExactNorm {  // before log_sum is rounded
+  float max;
+  double log_sum;
+  operator Norm() const { return {max, static_cast<float>(log_sum)}; }
+};
+
+// Row i's place in the two planes of api.h; `rows` is the size of a plane.
+static inline void keep(const Norm& norm, float* planes, int64_t rows, int64_t i) {
+  planes[i] = norm.max;
+  planes[rows + i] = norm.log_sum;
+}
+
+static inline Norm kept(const float* planes, int64_t rows, int64_t i) { return {planes[i], planes[rows + i]}; }
+
+static inline ExactNorm norm_of(const Row& row, int64_t S, float* buffer) {
   float top = -kInf;
   double sum = 0;
   for (int64_t start = 0; start < S; start += kChunk) {
@@ -127,18 +140,7 @@ static inline Norm norm_of(const Row& row, int64_t S, float* buffer) {
       sum += s == 0 ? 0 : s * ::exp(static_cast<double>(m) - top);
     }
   }
-  const double log_sum = sum > 0 ? ::log(sum) : __builtin_nan("");
-  return {top, static_cast<float>(log_sum), log_sum};
-}
-
-static inline float row_max(const Row& row, int64_t S, float* buffer) {
-  float top = -kInf;
-  for (int64_t start = 0; start < S; start += kChunk) {
-    const int n = min_int(S - start, kChunk);
-    const float m = max_of(read(row, start, n, buffer), n);
-    top = m > top ? m : top;
-  }
-  return top;
+  return {top, sum > 0 ? ::log(sum) : __builtin_nan("")};
 }
 
 // f(i, scratch) for i in [0, tasks). `elements` is what all tasks read together: threads are woken for enough only.

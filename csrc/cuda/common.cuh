@@ -12,12 +12,12 @@ lse_kernel(Logits x, const float* weight, float* lse, int64_t B, int64_t L, int6
   const Group group(scratch);
   for (int64_t i = first_row(); i < B * L * D; i += row_step()) {
     const int64_t d = i % D, l = i / D % L, b = i / D / L;
-    float value = 0.0f;
+    Norm norm = {};
     if (weight_at(weight, b, D, d) != 0.0f) {
       const Row<kDType> row(x, b, l, d);
-      value = row_lse(row, row.head(S), S, group).value;
+      norm = row_norm(row, row.head(S), S, group);
     }
-    if (group.rank == 0) lse[i] = value;
+    if (group.rank == 0) norm.keep(lse, B * L * D, i);
   }
 }
 

@@ -81,7 +81,7 @@ void with_dtype(DType dtype, F f) {
   throw std::runtime_error("di4c: unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }
 
-// Shared by the families (common.cu): lse[b, l, d] of every row whose weight is not 0, else 0.
+// Shared by the families (common.cu): lse (2, B, L, D) of every row whose weight is not 0, else 0.
 void launch_lse(const Work& work, const Logits& x, const float* weight, float* lse, void* stream);
 
 // Shared by the families (common.cu): out[n] = sum_d weight[n / L, d] row[n, d] over n < B L.

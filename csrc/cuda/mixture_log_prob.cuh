@@ -18,17 +18,23 @@ constexpr int kTokens = 512;  // sequences one backward launch handles; their to
 
 __device__ __forceinline__ bool is_state(int64_t token, int64_t S) { return token >= 0 && token < S; }
 
+// The normaliser of row (b, l, d), as kept by the forward's first launch.
+template <class Args>
+__device__ __forceinline__ Norm norm_at(const Args& p, int64_t b, int64_t l, int64_t d) {
+  return Norm::kept(p.lse, p.B * p.L * p.D, (b * p.L + l) * p.D + d);
+}
+
 // log p_l(token) at (b, d), NaN for a token that is no state.
-__device__ __forceinline__ float log_prob_at(const Logits& x, const float* lse, int64_t b, int64_t l, int64_t d,
-                                             int64_t L, int64_t D, int64_t S, int64_t token) {
-  return is_state(token, S) ? AnyRow(x, b, l, d)[token] - lse[(b * L + l) * D + d] : NAN;
+template <class Args>
+__device__ __forceinline__ float log_prob_at(const Args& p, int64_t b, int64_t l, int64_t d, int64_t token) {
+  return is_state(token, p.S) ? norm_at(p, b, l, d).log_prob(AnyRow(p.logits, b, l, d)[token]) : NAN;
 }
 
 // log sum_l exp(a_l), the L components dealt to the lanes of a warp.
-__device__ __forceinline__ float warp_lse(const Logits& x, const float* lse, int64_t b, int64_t d, int64_t L,
-                                          int64_t D, int64_t S, int64_t token, int lane) {
+template <class Args>
+__device__ __forceinline__ float warp_lse(const Args& p, int64_t b, int64_t d, int64_t token, int lane) {
   Online mine;
-  for (int64_t l = lane; l < L; l += kWarp) mine.add(log_prob_at(x, lse, b, l, d, L, D, S, token));
+  for (int64_t l = lane; l < p.L; l += kWarp) mine.add(log_prob_at(p, b, l, d, token));
   return mine.merged_in_warp().log();
 }
 
@@ -47,11 +53,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) mixture_positions_kerne
         const double w = weight_at(p.weight, b, p.D, d);
         if (w == 0.0) continue;
         const int64_t token = p.tokens[(b * p.K + k) * p.D + d];
-        const float lme = warp_lse(p.logits, p.lse, b, d, p.L, p.D, p.S, token, lane) - log_count;
+        const float lme = warp_lse(p, b, d, token, lane) - log_count;
         marginal += w * lme;
         if (lme == -INFINITY) continue;
         for (int64_t l = lane; l < p.L; l += kWarp) {
-          const float a = log_prob_at(p.logits, p.lse, b, l, d, p.L, p.D, p.S, token);
+          const float a = log_prob_at(p, b, l, d, token);
           work[l * p.K + k] += w * (static_cast<double>(a) - lme);
         }
       }
@@ -112,7 +118,7 @@ mixture_log_prob_backward_kernel(MixtureLogProbBackwardArgs p, int64_t k0, int c
       for (int k = thread; k < count; k += threads) table.token[k] = p.tokens[(b * p.K + k0 + k) * p.D + d];
       __syncthreads();
       for (int k = thread / kWarp; k < count; k += threads / kWarp) {
-        const float lse = warp_lse(p.logits, p.lse, b, d, p.L, p.D, p.S, table.token[k], thread % kWarp);
+        const float lse = warp_lse(p, b, d, table.token[k], thread % kWarp);
         if (thread % kWarp == 0) table.lse[k] = lse;
       }
       for (int k = thread; k < count; k += threads) {
@@ -140,21 +146,21 @@ mixture_log_prob_backward_kernel(MixtureLogProbBackwardArgs p, int64_t k0, int c
         continue;
       }
       const Row<kDType> row(p.logits, b, l, d);
-      const float lse = p.lse[(b * p.L + l) * p.D + d];
+      const Norm norm = norm_at(p, b, l, d);
       const auto coefficient = [&](int k) {
         // A token that no component allows does not enter the correlation, nor any gradient.
         if (table.lse[k] == -INFINITY) return 0.0f;
         const int64_t n = b * p.K + k0 + k;
         const float gj = p.grad_joint[n], gc = p.grad_correlation[n];
         const float share = p.share[(b * p.L + l) * p.K + k0 + k];
-        const float a = log_prob_at(p.logits, p.lse, b, l, d, p.L, p.D, p.S, table.token[k]);
+        const float a = log_prob_at(p, b, l, d, table.token[k]);
         return w * (gj * share + gc * (share - exp_nonpos(a - table.lse[k])));
       };
 
       float mine = 0.0f;
       for (int k = group.rank; k < count; k += group.size) mine += coefficient(k);
       const float pull = group.sum(mine);
-      const auto gradient = [&](float x) { return -pull * exp_nonpos(x - lse); };
+      const auto gradient = [&](float x) { return -pull * exp_nonpos(norm.log_prob(x)); };
 
       // The gradient of a class that tokens name, as one expression; it replaces what the sweep writes there.
       const auto at_token = [&](int k) {

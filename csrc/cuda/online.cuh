@@ -35,12 +35,6 @@ struct Online {
   // -inf where nothing has mass, NaN where anything was NaN or +inf.
   __device__ __forceinline__ float log() const { return sum == sum ? max + logf(sum) : NAN; }
 
-  // What rounding took from log(): log() + lost() is the maximum and the logarithm together.
-  __device__ __forceinline__ float lost() const {
-    const float rest = logf(sum), whole = max + rest, part = whole - max;
-    return (max - (whole - part)) + (rest - part);
-  }
-
   __device__ __forceinline__ Online merged(const Group& group) const {
     Online all;
     all.max = group.max(max);
@@ -56,15 +50,27 @@ struct Online {
   }
 };
 
-// A row's log-sum-exp as one float, and what its rounding lost: at |lse| = 200 that is 8e-6 of every probability.
-struct RowLse {
-  float value, lost;
+// A row's log-sum-exp in two parts, max + log_sum: x - max loses nothing where it matters, wherever the row lies.
+struct Norm {
+  float max, log_sum;
+
+  __device__ __forceinline__ float log_prob(float x) const { return (x - max) - log_sum; }
+
+  // Row i's place in the two planes of api.h; `rows` is the size of a plane.
+  __device__ __forceinline__ void keep(float* planes, int64_t rows, int64_t i) const {
+    planes[i] = max;
+    planes[rows + i] = log_sum;
+  }
+
+  static __device__ __forceinline__ Norm kept(const float* planes, int64_t rows, int64_t i) {
+    return {planes[i], planes[rows + i]};
+  }
 };
 
-// The log-sum-exp of a row, in every thread of the group. A row that is no distribution (NaN, +inf, all -inf)
+// The normaliser of a row, in every thread of the group. A row that is no distribution (NaN, +inf, all -inf)
 // gives NaN, which every value computed from it inherits.
 template <class AnyOrTypedRow>
-__device__ __forceinline__ RowLse row_lse(const AnyOrTypedRow& row, int64_t head, int64_t S, const Group& group) {
+__device__ __forceinline__ Norm row_norm(const AnyOrTypedRow& row, int64_t head, int64_t S, const Group& group) {
   Online mine;
   sweep(head, S, group.rank, group.size, [&](int64_t s, auto width) {
     float x[decltype(width)::value];
@@ -72,16 +78,15 @@ __device__ __forceinline__ RowLse row_lse(const AnyOrTypedRow& row, int64_t head
     mine.add(x);
   });
   const Online all = mine.merged(group);
-  if (!(all.sum > 0.0f)) return {NAN, NAN};
-  return {all.log(), all.lost()};
+  return {all.max, all.sum > 0.0f ? logf(all.sum) : NAN};
 }
 
-// log sum over `count` components of softmax(x)[s .. s + kN), component l of (b, d) having log-sum-exp
-// lse[l * lse_stride]. Stays in log space: a class that underflows in every component keeps its logarithm.
+// Over the `count` components of (b, d), whose normalisers lse (2, B, count, D) keeps, and the classes s .. s + kN:
+// max = max_l log p_l, sum = sum_l p_l / exp(max). A class that underflows in every component keeps its shares; sum is
+// 0 where none has mass.
 template <class RowType, int kN>
-__device__ __forceinline__ void log_components(const Logits& x, int64_t count, int64_t b, int64_t d, const float* lse,
-                                               int64_t lse_stride, int64_t s, float (&out)[kN]) {
-  float max[kN], sum[kN];
+__device__ __forceinline__ void log_components(const Logits& x, const float* lse, int64_t B, int64_t count, int64_t D,
+                                               int64_t b, int64_t d, int64_t s, float (&max)[kN], float (&sum)[kN]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     max[i] = -FLT_MAX;
@@ -90,17 +95,15 @@ __device__ __forceinline__ void log_components(const Logits& x, int64_t count, i
   for (int64_t l = 0; l < count; ++l) {
     float v[kN];
     RowType(x, b, l, d).load(s, v);
-    const float z = lse[l * lse_stride];
+    const Norm norm = Norm::kept(lse, B * count * D, (b * count + l) * D + d);
 #pragma unroll
     for (int i = 0; i < kN; ++i) {  // one exponential a class: of the old maximum or of the new value
-      const float gap = v[i] - z - max[i];
+      const float log_prob = norm.log_prob(v[i]), gap = log_prob - max[i];
       const float e = exp_nonpos(-fabsf(gap));
       sum[i] = gap > 0.0f ? sum[i] * e + 1.0f : sum[i] + e;
-      max[i] = gap > 0.0f ? v[i] - z : max[i];
+      max[i] = gap > 0.0f ? log_prob : max[i];
     }
   }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) out[i] = max[i] + logf(sum[i]);
 }
 
 }  // namespace di4c::cuda

@@ -1,7 +1,7 @@
 // Losses between one row of logits and its target row: p = softmax(logits), t = softmax(target).
 //
-// Forward: a first sweep of the row gives both log-sum-exps, a second the loss and the one scalar c the
-// gradient needs; both are kept in stats, so that backward is one read and one write.
+// Forward: a first sweep of the row gives both normalisers, a second the loss and the one scalar c the
+// gradient needs; all are kept in stats, so that backward is one read and one write.
 //
 //   kind             loss                                   c                   dlogits
 //   forward KL       sum t (log t - log p)                                      p - t
@@ -60,36 +60,35 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) row_loss_kernel(RowLoss
   const int64_t rows = a.B * a.L * a.D;
   for (int64_t i = first_row(); i < rows; i += row_step()) {
     const int64_t d = i % a.D, l = i / a.D % a.L, b = i / a.D / a.L;
-    RowLse lse = {}, lse_target = {};
+    Norm norm = {}, target_norm = {};
     float loss = 0.0f, scalar = 0.0f;
     if (weight_at(a.weight, b, a.D, d) != 0.0f) {
       const Row<kDType> row(a.logits, b, l, d);
       const int64_t head = row.head(a.S);
-      lse = row_lse(row, head, a.S, group);
+      norm = row_norm(row, head, a.S, group);
       if (kKind == kCrossEntropy) {
         const int64_t token = a.tokens[b * a.D + d];
-        loss = token >= 0 && token < a.S ? (lse.value - row[token]) + lse.lost : NAN;
+        loss = token >= 0 && token < a.S ? -norm.log_prob(row[token]) : NAN;
       } else {
         const AnyRow target(a.target, b, 0, d);
-        lse_target = row_lse(target, head, a.S, group);
+        target_norm = row_norm(target, head, a.S, group);
         sweep(head, a.S, group.rank, group.size, [&](int64_t s, auto width) {
           float x[decltype(width)::value], y[decltype(width)::value];
           row.load(s, x);
           target.load(s, y);
 #pragma unroll
           for (int j = 0; j < decltype(width)::value; ++j)
-            add_class<kKind>((x[j] - lse.value) - lse.lost, (y[j] - lse_target.value) - lse_target.lost, loss, scalar);
+            add_class<kKind>(norm.log_prob(x[j]), target_norm.log_prob(y[j]), loss, scalar);
         });
         loss = group.sum(loss);
-        // The gradient is taken with the rounded log-sum-exps: so is the number it subtracts.
-        scalar = kKind == kReverseKl ? loss + (lse.lost - lse_target.lost) : group.sum(scalar);
+        scalar = kKind == kReverseKl ? loss : group.sum(scalar);
       }
     }
     if (group.rank == 0) {
       a.row[i] = loss;
-      a.stats[i] = lse.value;
-      a.stats[rows + i] = lse_target.value;
-      a.stats[2 * rows + i] = scalar;
+      norm.keep(a.stats, rows, i);
+      target_norm.keep(a.stats + 2 * rows, rows, i);
+      a.stats[4 * rows + i] = scalar;
     }
   }
 }
@@ -114,19 +113,22 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) row_loss_backward_kerne
     const AnyRow target(a.target, b, 0, d);
     const int64_t token = kKind == kCrossEntropy ? a.tokens[b * a.D + d] : 0;
     const float scale = token >= 0 && token < a.S ? w * a.grad_loss[b * a.L + l] : NAN;
-    const float lse = a.stats[i], lse_target = a.stats[rows + i], scalar = a.stats[2 * rows + i];
+    const Norm norm = Norm::kept(a.stats, rows, i), target_norm = Norm::kept(a.stats + 2 * rows, rows, i);
+    const float scalar = a.stats[4 * rows + i];
     sweep(grad.head(a.S), a.S, group.rank, group.size, [&](int64_t s, auto width) {
       constexpr int kN = decltype(width)::value;
       float x[kN], y[kN] = {};
       row.load(s, x);
       if (kKind != kCrossEntropy) target.load(s, y);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) x[j] = scale * class_gradient<kKind>(x[j] - lse, y[j] - lse_target, scalar);
+      for (int j = 0; j < kN; ++j)
+        x[j] = scale * class_gradient<kKind>(norm.log_prob(x[j]), target_norm.log_prob(y[j]), scalar);
       grad.store(s, x);
     });
     if (kKind == kCrossEntropy) {
       group.sync();  // the sweep has written the token's class
-      if (group.rank == 0 && token >= 0 && token < a.S) grad.set(token, scale * (exp_nonpos(row[token] - lse) - 1.0f));
+      if (group.rank == 0 && token >= 0 && token < a.S)
+        grad.set(token, scale * (exp_nonpos(norm.log_prob(row[token])) - 1.0f));
     }
   }
 }

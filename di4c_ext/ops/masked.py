@@ -134,7 +134,7 @@ def _row_loss_fake(
 ) -> tuple[Tensor, Tensor]:
     B, L, D, _ = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty((B, L), dtype=dtype), logits.new_empty((3, B, L, D), dtype=dtype)
+    return logits.new_empty((B, L), dtype=dtype), logits.new_empty((5, B, L, D), dtype=dtype)
 
 
 def _row_loss_backward(

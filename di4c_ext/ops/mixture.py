@@ -1,7 +1,8 @@
 """Log-probabilities of sequences under a mixture of L products, and the divergence from the mixture's marginals.
 
 One read of the logits forward, one read and one write backward; kept between the two are the logits themselves and
-tensors of the size of rows (B, L, D), never anything of the logits' size. Equations in ops/reference/mixture.py.
+tensors of the size of rows (B, L, D), never anything of the logits' size. Equations, and what the planes of a kept
+log-sum-exp hold, in ops/reference/mixture.py.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _mixture_log_prob_fake(
     return (
         logits.new_empty((B, K), dtype=dtype),
         logits.new_empty((B, K), dtype=dtype),
-        logits.new_empty((B, L, D), dtype=dtype),
+        logits.new_empty((2, B, L, D), dtype=dtype),
         logits.new_empty((B, L, K), dtype=dtype),
     )
 
@@ -198,8 +199,8 @@ def _mixture_kl_fake(target: Tensor, logits: Tensor, weight: Tensor | None) -> t
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
         logits.new_empty((B,), dtype=dtype),
-        logits.new_empty((B, T, D), dtype=dtype),
-        logits.new_empty((B, L, D), dtype=dtype),
+        logits.new_empty((2, B, T, D), dtype=dtype),
+        logits.new_empty((2, B, L, D), dtype=dtype),
         logits.new_empty((B, L, D), dtype=dtype),
     )
 

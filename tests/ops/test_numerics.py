@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, OPS, READS_TARGET, STATES, check, make
 
-from di4c_ext.ops import native
+from di4c_ext.ops import native, reference
 
 NAMES = list(OPS)
 
@@ -38,6 +38,46 @@ def test_translation(backend, name):
     for dtype in DTYPES:
         check(name, make(300, dtype, shift=1000.0), backend.device)
         check(name, make(300, dtype, shift=-1000.0), backend.device)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_what_forward_keeps(backend, shift):
+    """Row maxima and log-sums mean the same in every backend: the definition's backward can take over from them."""
+    i = make(1500, shift=shift)
+    weight = i.weight.clone()
+    weight[:, 0], weight[:, 3] = 1.0, 0.0
+    logits = i.logits.masked_fill((weight == 0)[:, None, :, None], torch.nan)  # not to be read
+    i = replace(i, logits=logits, weight=weight).to(backend.device)
+    joint, _, lse, share = torch.ops.di4c.mixture_log_prob(i.logits, i.tokens, i.weight)
+    kl, lse_target, lse_again, pull = torch.ops.di4c.mixture_kl(i.targets, i.logits, i.weight)
+    stats = torch.ops.di4c.row_loss(2, i.target, None, i.logits, i.weight)[1]
+    wide = i.to(dtype=torch.float64)
+    for got, rows in (
+        (lse, wide.logits),
+        (lse_again, wide.logits),
+        (lse_target, wide.targets),
+        (stats[:2], wide.logits),
+        (stats[2:4], wide.target[:, None].expand_as(wide.logits)),
+    ):
+        used = (i.weight != 0)[:, None].expand(rows.shape[:-1])
+        assert got.shape == (2, *rows.shape[:-1]) and (got[:, ~used] == 0).all()
+        top, log_sum = got[0][used].double(), torch.logsumexp(rows - rows.amax(-1, keepdim=True), -1)[used]
+        assert torch.equal(top, rows.amax(-1)[used])
+        torch.testing.assert_close(got[1][used].double(), log_sum, rtol=1e-6, atol=1e-6)
+
+    ones = torch.ones_like(joint)
+    arguments = (i.logits, i.tokens, i.weight, lse, share)
+    grad = torch.ops.di4c.mixture_log_prob_backward(ones, ones, *arguments)
+    exact = reference.mixture_log_prob_backward(ones.double(), ones.double(), *(_wide(v) for v in arguments))
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    arguments = (i.targets, i.logits, i.weight, lse_target, lse, pull)
+    grad = torch.ops.di4c.mixture_kl_backward(torch.ones_like(kl), *arguments)
+    exact = reference.mixture_kl_backward(torch.ones_like(kl).double(), *(_wide(v) for v in arguments))
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def _wide(x):
+    return x.double() if x.is_floating_point() else x
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from comparison import (
     LONG,
     STATES,
     check,
+    check_planes,
     layout_of,
     poison,
     random_logits,
@@ -55,12 +56,13 @@ def log_prob(
         {
             "joint": ((batch, count), torch.float32),
             "correlation": ((batch, count), torch.float32),
-            "lse": ((batch, latents, length), torch.float32),
+            "lse": ((2, batch, latents, length), torch.float32),
             "share": ((batch, latents, count), torch.float32),
             "work": ((batch, blocks, latents + 1, count), torch.float64),
         },
         orders=orders,
     )
+    check_planes(forward["lse"], logits, weight)
     kept = {name: forward[name] for name in ("lse", "share")}
     upstream = {"grad_joint": gradient_weights(batch, count), "grad_correlation": -gradient_weights(batch, count) + 0.5}
     backward = emulate.run(
@@ -129,6 +131,14 @@ def test_log_prob_of_flat_and_of_sharp_rows(scale: float) -> None:
     check_log_prob(logits, random_tokens(300, 2, 4, 6), None)
 
 
+@pytest.mark.parametrize("shift", [1000.0, -1000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_prob_of_shifted_rows(dtype: torch.dtype, shift: float) -> None:
+    """Far from 0 a row loses nothing but the rounding of its logits."""
+    logits = (random_logits(2, 3, 5, 300, dtype=torch.float32) + shift).to(dtype)
+    check_log_prob(logits, random_tokens(300, 2, 4, 5), random_weight(2, 5))
+
+
 def test_log_prob_where_tokens_are_impossible() -> None:
     """Probability 0 under one component, and under all: joint -inf, no part in the correlation."""
     logits = random_logits(2, 3, 4, 9, dtype=torch.float32)
@@ -180,13 +190,15 @@ def kl(
         inputs,
         {
             "kl": ((batch,), torch.float32),
-            "lse_target": ((batch, parts, length), torch.float32),
-            "lse": ((batch, latents, length), torch.float32),
+            "lse_target": ((2, batch, parts, length), torch.float32),
+            "lse": ((2, batch, latents, length), torch.float32),
             "pull": ((batch, latents, length), torch.float32),
             "row": ((batch, length), torch.float32),
         },
         orders=orders,
     )
+    check_planes(forward["lse_target"], target, weight)
+    check_planes(forward["lse"], logits, weight)
     kept = {name: forward[name] for name in ("lse_target", "lse", "pull")}
     backward = emulate.run(
         "mixture_kl_backward",
@@ -236,6 +248,15 @@ def test_kl_of_every_shape(parts: int, latents: int, length: int) -> None:
     target = random_logits(1, parts, length, 5, dtype=torch.float32, seed=1)
     logits = random_logits(1, latents, length, 5, dtype=torch.float32)
     check_kl(target, logits, random_weight(1, length), orders=(0, 1))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.1, 0.0), (60.0, 0.0), (3.0, 1000.0), (3.0, -1000.0)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_kl_of_flat_sharp_and_shifted_rows(parts: int, scale: float, shift: float) -> None:
+    for dtype in DTYPES:
+        target = (random_logits(2, parts, 4, 300, dtype=torch.float32, seed=1, scale=scale) + shift).to(dtype)
+        logits = (random_logits(2, 3, 4, 300, dtype=torch.float32, scale=scale) + shift).to(dtype)
+        check_kl(target, logits, random_weight(2, 4), orders=(0, 3))
 
 
 def test_kl_far_down_the_tail() -> None:

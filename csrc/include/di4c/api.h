@@ -3,6 +3,10 @@
 // Logits are (B, L, D, S): classes contiguous, the other strides arbitrary (in elements, 0 allowed), rows at
 // any alignment. Everything else is contiguous in the order of its indices. Pointers marked "or null" may be.
 // No kernel allocates, keeps state or syncs; workspace is handed in. N = 0 anywhere returns at once.
+//
+// Log-sum-exps are kept as two floats a row, in planes: [0] the row's maximum m, [1] log sum exp(x - m). Every
+// log-probability is (x - m) - log_sum, in that order: one float of m + log_sum would lose 3e-5 of it at m = 1000.
+// Rows of weight 0 hold 0 in both; a bad row (NaN, +inf, -inf throughout) has NaN in [1] and anything in [0].
 #pragma once
 #include "di4c/config.h"
 
@@ -43,7 +47,7 @@ struct MixtureLogProbArgs {
   const float* weight;    // (B, D) or null: 1
   float* joint;           // (B, K)
   float* correlation;     // (B, K)
-  float* lse;             // (B, L, D), kept for backward; rows of weight 0 hold 0
+  float* lse;             // (2, B, L, D), kept for backward
   float* share;           // (B, L, K), softmax over l of sum_d w a, kept for backward
   double* work;           // (B, ceil(D / kPositions), L + 1, K)
   int64_t B, L, D, S, K;
@@ -53,7 +57,7 @@ struct MixtureLogProbBackwardArgs {
   Logits logits;
   const int64_t* tokens;
   const float* weight;
-  const float *lse, *share;
+  const float *lse, *share;                    // (2, B, L, D), (B, L, K)
   const float *grad_joint, *grad_correlation;  // (B, K)
   void* grad;                                  // (B, L, D, S), contiguous, dtype of the logits
   int64_t B, L, D, S, K;
@@ -65,8 +69,8 @@ struct MixtureKlArgs {
   Logits logits;        // (B, L, D, S)
   const float* weight;  // (B, D) or null
   float* kl;            // (B,)
-  float* lse_target;    // (B, T, D)
-  float* lse;           // (B, L, D)
+  float* lse_target;    // (2, B, T, D), kept for backward
+  float* lse;           // (2, B, L, D), kept for backward
   float* pull;          // (B, L, D): sum_s t_s p_l(s) / sum_l' p_l'(s), kept for backward
   float* row;           // (B, D) workspace
   int64_t B, T, L, D, S;
@@ -75,7 +79,7 @@ struct MixtureKlArgs {
 struct MixtureKlBackwardArgs {
   Logits target, logits;
   const float* weight;
-  const float *lse_target, *lse, *pull;
+  const float *lse_target, *lse, *pull;  // (2, B, T, D), (2, B, L, D), (B, L, D)
   const float* grad_kl;  // (B,)
   void* grad;            // (B, L, D, S), contiguous, dtype of the logits
   int64_t B, T, L, D, S;
@@ -91,7 +95,7 @@ struct RowLossArgs {
   Logits logits;          // (B, L, D, S)
   const float* weight;    // (B, D) or null
   float* loss;            // (B, L)
-  float* stats;           // (3, B, L, D): lse of the logits, lse of the target, the kind's own row scalar
+  float* stats;           // (5, B, L, D): the logits' two planes, the target's two, the kind's own row scalar
   float* row;             // (B, L, D) workspace
   int64_t B, L, D, S;
 };
@@ -102,7 +106,7 @@ struct RowLossBackwardArgs {
   const int64_t* tokens;
   Logits logits;
   const float* weight;
-  const float* stats;
+  const float* stats;      // (5, B, L, D)
   const float* grad_loss;  // (B, L)
   void* grad;              // (B, L, D, S), contiguous, dtype of the logits
   int64_t B, L, D, S;

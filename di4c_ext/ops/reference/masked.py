@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from di4c_ext.ops.reference.mixture import token_log_prob, unread, weighted
+from di4c_ext.ops.reference.mixture import at_tokens, row_log_prob, row_planes, unread, weighted, where_used
 
 FORWARD, REVERSE, JENSEN_SHANNON, TOTAL_VARIATION, CROSS_ENTROPY = range(5)  # api.h: RowLoss
 
@@ -59,12 +59,12 @@ def _slope_terms(kind: int, log_t: Tensor, log_p: Tensor) -> Tensor:
 
 def row_loss(kind: int, target: Tensor | None, tokens: Tensor | None, logits: Tensor, weight: Tensor | None) -> Tensor:
     """target (B, D, S) or, for cross entropy, tokens (B, D); logits (B, L, D, S); weight (B, D) -> loss (B, L)."""
-    x = unread(logits, weight)
+    log_p = torch.log_softmax(unread(logits, weight), -1)
     if target is None:
-        rows = -token_log_prob(x, _tokens(tokens)[:, None])[..., 0]
+        rows = -at_tokens(log_p, _tokens(tokens)[:, None])[..., 0]
     else:
         log_t = torch.log_softmax(unread(target.detach(), weight), -1)[:, None]
-        rows = _divergence(kind, log_t, torch.log_softmax(x, -1))
+        rows = _divergence(kind, log_t, log_p)
     return weighted(None if weight is None else weight[:, None], rows).sum(-1)
 
 
@@ -77,20 +77,18 @@ def _tokens(tokens: Tensor | None) -> Tensor:
 def row_loss_forward(
     kind: int, target: Tensor | None, tokens: Tensor | None, logits: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """loss (B, L) and stats (3, B, L, D): lse of the logits, lse of the target, sum p g of the kind (else 0)."""
+    """loss (B, L) and stats (5, B, L, D): the logits' two planes (see mixture.py), the target's two, and sum p g of the
+    kind; 0 in what a kind has not."""
     x = unread(logits, weight)
-    lse = torch.logsumexp(x, -1)
-    lse_target, scalar = torch.zeros_like(lse), torch.zeros_like(lse)
+    lse = row_planes(x, weight)
+    lse_target, scalar = torch.zeros_like(lse), torch.zeros_like(lse[:1])
     if target is not None:
-        y = unread(target, weight)
-        lse_target = torch.logsumexp(y, -1)[:, None].expand_as(lse)
+        y = unread(target, weight)[:, None]
+        lse_target = row_planes(y, weight).expand_as(lse)
         if kind in (REVERSE, JENSEN_SHANNON, TOTAL_VARIATION):
-            log_p = torch.log_softmax(x, -1)
-            scalar = (torch.exp(log_p) * _slope_terms(kind, torch.log_softmax(y, -1)[:, None], log_p)).sum(-1)
-    stats = torch.stack([lse, lse_target, scalar])
-    if weight is not None:
-        stats = torch.where(weight[:, None] == 0, 0.0, stats)
-    return row_loss(kind, target, tokens, logits, weight), stats
+            log_t, log_p = torch.log_softmax(y, -1), torch.log_softmax(x, -1)
+            scalar = where_used(weight, (torch.exp(log_p) * _slope_terms(kind, log_t, log_p)).sum(-1))[None]
+    return row_loss(kind, target, tokens, logits, weight), torch.cat([lse, lse_target, scalar])
 
 
 def row_loss_backward(
@@ -103,21 +101,20 @@ def row_loss_backward(
     stats: Tensor,
 ) -> Tensor:
     """The gradient of the logits, (B, L, D, S), from grad_loss (B, L) and the stats of the forward."""
-    x = unread(logits, weight)
-    log_p = torch.log_softmax(x, -1)
+    log_p = row_log_prob(unread(logits, weight), stats[:2])
     p = torch.exp(log_p)
     if target is None:
         token = _tokens(tokens)
-        inside = (token >= 0) & (token < x.shape[-1])
-        index = torch.where(inside, token, 0)[:, None, :, None].expand(*x.shape[:-1], 1)
+        inside = (token >= 0) & (token < p.shape[-1])
+        index = torch.where(inside, token, 0)[:, None, :, None].expand(*p.shape[:-1], 1)
         slope = p.scatter_add(-1, index, torch.full_like(p[..., :1], -1.0))
         slope = torch.where(inside[:, None, :, None], slope, math.nan)
     else:
-        log_t = torch.log_softmax(unread(target, weight), -1)[:, None]
+        log_t = row_log_prob(unread(target, weight)[:, None], stats[2:4])
         if kind == FORWARD:
             slope = p - torch.exp(log_t)
         else:
             scale = 1.0 if kind == REVERSE else 0.5
-            slope = scale * p * (_slope_terms(kind, log_t, log_p) - stats[2][..., None])
+            slope = scale * p * (_slope_terms(kind, log_t, log_p) - stats[4][..., None])
     slope = weighted(None if weight is None else weight[:, None, :, None], slope)
     return (grad_loss[:, :, None, None] * slope).to(logits.dtype)
