@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 
 from di4c_ext import ops
 
-SHAPES = [(4, 16, 768, 256), (2, 32, 256, 1025), (1, 8, 64, 50258)]
+SHAPES = [(4, 16, 768, 256), (2, 32, 256, 1025), (1, 8, 64, 50258), (16, 32, 64, 17)]
 COMPILED = SHAPES[1]
 
 

@@ -16,19 +16,22 @@ struct Tables {
   int64_t Kp;
   double *a, *top, *lme;     // (L, Kp), (Kp), (Kp)
   float *e, *sum, *by_token; // (L, Kp), (Kp), (Kp)
-  int64_t* first;            // (Kp): the first k with the same token
+  int64_t *token, *first;    // (Kp): x_k^d, 0 for one that is no class; the first k with the same token
+  double* outside;           // (Kp): NaN for a token that is no class, else 0
   float* buffer;             // kChunk
 
   static int64_t padded(int64_t K) { return ceil_div(K, W) * W; }
   static size_t bytes(int64_t L, int64_t K) {
     const int64_t Kp = padded(K);
-    return static_cast<size_t>((L + 2) * Kp * 8 + (L + 2) * Kp * 4 + Kp * 8 + kChunk * 4 + 64);
+    return static_cast<size_t>((L + 5) * Kp * 8 + (L + 2) * Kp * 4 + kChunk * 4 + 64);
   }
   Tables(void* memory, int64_t L, int64_t K) : Kp(padded(K)) {
     a = static_cast<double*>(memory);
     top = a + L * Kp;
     lme = top + Kp;
-    first = reinterpret_cast<int64_t*>(lme + Kp);
+    outside = lme + Kp;
+    token = reinterpret_cast<int64_t*>(outside + Kp);
+    first = token + Kp;
     e = reinterpret_cast<float*>(first + Kp);
     sum = e + L * Kp;
     by_token = sum + Kp;
@@ -36,16 +39,29 @@ struct Tables {
   }
 };
 
-// a_lk of one row for the K tokens at position d; NaN for a token that is no class.
+// The K tokens at position d, which lie D apart in memory: read once for all L rows.
 template <typename Args>
-void gather(const Args& args, const Tables& t, int64_t b, int64_t l, int64_t d, const Row& row, ExactNorm norm) {
+void load_tokens(const Args& args, const Tables& t, int64_t b, int64_t d) {
   for (int64_t k = 0; k < args.K; ++k) {
     const int64_t token = args.tokens[(b * args.K + k) * args.D + d];
     const bool valid = token >= 0 && token < args.S;
-    t.a[l * t.Kp + k] =
-        valid ? (static_cast<double>(read_one(row, token)) - norm.max) - norm.log_sum : __builtin_nan("");
+    t.token[k] = valid ? token : 0;
+    t.outside[k] = valid ? 0 : __builtin_nan("");
   }
-  for (int64_t k = args.K; k < t.Kp; ++k) t.a[l * t.Kp + k] = 0;
+  for (int64_t k = args.K; k < t.Kp; ++k) t.token[k] = 0, t.outside[k] = 0;
+}
+
+// a_lk of one row for the K tokens; NaN for a token that is no class.
+void gather(const Tables& t, int64_t l, const Row& row, ExactNorm norm) {
+  double* a = t.a + l * t.Kp;
+  const auto take = [&](auto at) {
+    for (int64_t k = 0; k < t.Kp; ++k)
+      a[k] = (static_cast<double>(at(t.token[k])) - norm.max) - norm.log_sum + t.outside[k];
+  };
+  if (row.dtype == kFloat32)
+    take([x = static_cast<const float*>(row.data)](int64_t token) { return x[token]; });
+  else
+    take([&row](int64_t token) { return read_one(row, token); });
 }
 
 // From a: top_k = max_l a, e_lk = exp(a - top), sum_k; NaN in any component of k makes e and sum NaN.
@@ -74,11 +90,12 @@ void forward_block(const MixtureLogProbArgs& args, int64_t b, int64_t block, dou
   for (int64_t i = 0; i < (args.L + 1) * args.K; ++i) part[i] = 0;
   for (int64_t d = block * kPositions; d < end; ++d) {
     const double w = weight_at(args.weight, b * args.D + d);
+    if (w != 0) load_tokens(args, t, b, d);
     for (int64_t l = 0; l < args.L; ++l) {
       const Row row = row_at(args.logits, b, l, d);
       const ExactNorm norm = w == 0 ? ExactNorm{} : norm_of(row, args.S, t.buffer);
       keep(norm, args.lse, args.B * args.L * args.D, (b * args.L + l) * args.D + d);
-      if (w != 0) gather(args, t, b, l, d, row, norm);
+      if (w != 0) gather(t, l, row, norm);
     }
     if (w == 0) continue;
     normalise(t, args.L);
@@ -144,8 +161,8 @@ void backward_row(const MixtureLogProbBackwardArgs& args, const Tables& t, int64
   uint16_t* halves = reinterpret_cast<uint16_t*>(t.by_token);
   write(halves, dtype, 0, static_cast<int>(args.K), t.sum);
   for (int64_t k = 0; k < args.K; ++k) {
-    const int64_t token = args.tokens[(b * args.K + k) * args.D + d];
-    if (t.first[k] != k || token < 0 || token >= args.S) continue;
+    const int64_t token = t.token[k];
+    if (t.first[k] != k || t.outside[k] != 0) continue;
     if (dtype == kFloat32)
       static_cast<float*>(grad)[token] = t.sum[k];
     else
@@ -159,16 +176,16 @@ void backward_position(const MixtureLogProbBackwardArgs& args, const Tables& t, 
     for (int64_t l = 0; l < args.L; ++l) zero_row(args.grad, args.logits.dtype, (b * args.L + l) * args.D + d, args.S);
     return;
   }
+  load_tokens(args, t, b, d);
   for (int64_t l = 0; l < args.L; ++l) {
     const Norm norm = norm_at(args, b, l, d);
-    gather(args, t, b, l, d, row_at(args.logits, b, l, d), {norm.max, norm.log_sum});
+    gather(t, l, row_at(args.logits, b, l, d), {norm.max, norm.log_sum});
   }
   normalise(t, args.L);
-  const int64_t* tokens = args.tokens + b * args.K * args.D + d;
   for (int64_t k = 0; k < args.K; ++k) {
     t.first[k] = k;
     for (int64_t j = 0; j < k; ++j)
-      if (tokens[j * args.D] == tokens[k * args.D]) {
+      if (t.token[j] == t.token[k] && t.outside[j] == t.outside[k]) {
         t.first[k] = j;
         break;
       }
