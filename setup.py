@@ -145,6 +145,10 @@ class CMakeBuild(build_ext):
         if compiler and compiler[1] != nvcc:  # CMake cannot change a compiler in place
             shutil.rmtree(build)
             build.mkdir()
+        library = Path(nvcc).resolve().parents[1] / "lib"
+        if (library / "libcudart_static.a").is_file():  # the pip packages' layout; nvcc itself looks in lib64 alone
+            given = os.environ.get("LIBRARY_PATH")
+            os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library), given] if given else [str(library)])
         archs = cuda_archs(nvcc)
         print(f"di4c_ext: building the CPU and CUDA kernels with {nvcc} for {';'.join(archs)}", file=sys.stderr)
         return [

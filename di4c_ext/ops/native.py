@@ -94,7 +94,7 @@ def _serves(tensor: Tensor) -> bool:
             "cuda",
             "di4c_ext: CUDA tensors, but this build has no CUDA kernels "
             f"({_info['cuda_reason']}); the slow reference ops serve. Reinstall with nvcc on PATH (or in CUDA_HOME, "
-            "or `pip install nvidia-cuda-nvcc`) and DI4C_CUDA=on, which makes a missing nvcc an error.",
+            "or from pip, see the README) and DI4C_CUDA=on, which makes a missing nvcc an error.",
         )
         return False
     return True
