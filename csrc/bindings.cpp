@@ -182,5 +182,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of di4c_ext; use them through di4c_ext.ops.";
   define_cpu_kernels(m.def_submodule("cpu"));
   define_cuda_kernels(m.def_submodule("cuda"));
+  m.attr("POSITIONS") = kPositions;
   m.def("info", &info, "What was built and what serves.");
 }

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 #   latents None for a teacher -> logits (B, D, S); (B, C) -> (B, D, S); (B, L, C) -> (B, L, D, S)
 # Classes, prompts and other conditions are bound by the caller (functools.partial).
 Denoiser = Callable[..., Tensor]
+# latents(keys (B,), L) -> (B, L, C), the L latents of each key.
+Latents = Callable[[Tensor, int], Tensor]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,6 @@ def train_student(job: Run, teacher: CompactDenoiser) -> CompactDenoiser:
     """The student (its moving average), trained or resumed, and saved into the output folder."""
     set_seed(job.args.seed)
     student = CompactDenoiser.from_teacher(teacher, **as_dict("student_model_config", job.args.student_model_config))
-    dim = student.config.latent_dim
-
-    def latents(keys: Tensor, count: int) -> Tensor:
-        return draw_latents(keys, count, dim)
-
     if job.args.augment_share and not teacher.config.augmentation_dim:
         raise ValueError(
             f"--augment_share {job.args.augment_share:g}: this teacher was trained without augmentation and cannot be "
@@ -167,7 +163,7 @@ def train_student(job: Run, teacher: CompactDenoiser) -> CompactDenoiser:
     trainer = DistillTrainer(
         student,
         teacher=teacher,
-        latents=latents,
+        latents=partial(draw_latents, latent_dim=student.config.latent_dim),
         augment=augmentation(job.train, job.args.augment_share),
         process=job.process,
         args=job.args,

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ class Judge:
             for space in one:
                 name = f"frechet_{space}"
                 found[name] = found.get(name, 0.0) + frechet_distance(one[space], other[space]) / splits
-        for space, reference in self._references["heldout"].items():
-            found[f"frechet_{space}_heldout"] = frechet_distance(self._spaces(train)[space], reference)
+        for space, moments in self._spaces(train).items():
+            found[f"frechet_{space}_heldout"] = frechet_distance(moments, self._references["heldout"][space])
         return found | self._entropies(real)
 
 
@@ -170,10 +171,7 @@ def latent_use(student: CompactDenoiser, heldout: data.ImageTokens, num_latents:
     process = AbsorbingProcess(config.num_states, config.schedule, config.mask_id)
     x_0 = heldout.tokens[:LATENT_IMAGES].long().to(student.device)
     keys = random.keys(0, len(x_0), device=student.device)
-
-    def latents(keys: Tensor, count: int) -> Tensor:
-        return draw_latents(keys, count, config.latent_dim)
-
+    latents = partial(draw_latents, latent_dim=config.latent_dim)
     return [
         {
             "t": t,

@@ -19,7 +19,7 @@ exchanges the data's marginals for the teacher's. x_t is noised data, where the 
 trajectory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from di4c_ext import ops, random
-from di4c_ext.denoiser import Denoiser, inference
+from di4c_ext.denoiser import Denoiser, Latents, inference
 from di4c_ext.process import Process
 
 DataLaw = Literal["sigmoid", "linear", "constant"]
@@ -145,7 +145,7 @@ class Di4CObjective:
         x_0: Tensor,
         keys: Tensor,
         *,
-        latents: Callable[[Tensor, int], Tensor],
+        latents: Latents,
         target: Denoiser | None = None,
         times: tuple[Tensor, Tensor] | None = None,
     ) -> LossParts:
@@ -187,7 +187,7 @@ class Di4CObjective:
         t: Tensor,
         u: Tensor,
         key: Tensor,
-        latents: Callable[[Tensor, int], Tensor],
+        latents: Latents,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g (B, K, D, S) as logits, xhat ~ g (B, K, D), and the samples whose draws failed, (B,) bool."""
         num_targets = self.num_latents if self.num_targets is None else self.num_targets

@@ -25,13 +25,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from di4c_ext import callbacks, checkpoints, data, random
 from di4c_ext.config import DistillConfig, KeyedConfig
-from di4c_ext.denoiser import Denoiser
+from di4c_ext.denoiser import Denoiser, Latents
 from di4c_ext.loss import Di4CObjective, LossParts
 from di4c_ext.metrics.likelihood import likelihood_bound
 from di4c_ext.process import AbsorbingProcess
 
 Parts = dict[str, Tensor]
-Latents = Callable[[Tensor, int], Tensor]  # (keys (B,), L) -> (B, L, C)
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]  # (x_0, keys) -> (x_0, conditions)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from di4c_ext import ops
-from di4c_ext.denoiser import Denoiser, inference
+from di4c_ext.denoiser import Denoiser, Latents, inference
 from di4c_ext.process import AbsorbingProcess
-
-Latents = Callable[[Tensor, int], Tensor]  # (keys (B,), L) -> (B, L, C)
 
 
 def correlation_gain(

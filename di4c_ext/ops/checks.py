@@ -16,6 +16,11 @@ MAX_STATES = 1 << 18  # config.h: kMaxStates
 MAX_STREAM = (1 << 31) - 1
 
 
+def sum_dtype(logits: Tensor) -> torch.dtype:
+    """What sums over these logits come back as: float32, float64 for float64."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
@@ -85,7 +90,7 @@ def weight(op: str, value: object, beside: Tensor) -> Tensor | None:
     if value.is_complex():
         raise TypeError(f"{op}: weight must be real, got {value.dtype}")
     same_device(op, "weight", value, beside)
-    dtype = torch.float64 if beside.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(beside)
     return constant(op, "weight", value).to(dtype).contiguous()
 
 

@@ -99,9 +99,9 @@ def _row_loss(
     checks.weight_values(_NAMES[kind], weight)
     if tokens is not None:
         checks.token_values(_NAMES[kind], tokens, weight, logits.shape[-1])
-    run = native.kernels(logits)
+    run = native.kernels(logits, target)
     loss, stats = _row_loss_fake(kind, target, tokens, logits, weight)
-    if run is None or _is_double(target):
+    if run is None:
         value, kept = reference.row_loss_forward(kind, target, tokens, logits, weight)
         return value.to(loss.dtype), kept.to(stats.dtype)
     B, L, D, S = logits.shape
@@ -125,15 +125,11 @@ def _row_loss(
     return loss, stats
 
 
-def _is_double(target: Tensor | None) -> bool:
-    return target is not None and target.dtype == torch.float64
-
-
 def _row_loss_fake(
     kind: int, target: Tensor | None, tokens: Tensor | None, logits: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     B, L, D, _ = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.sum_dtype(logits)
     return logits.new_empty((B, L), dtype=dtype), logits.new_empty((5, B, L, D), dtype=dtype)
 
 
@@ -146,8 +142,8 @@ def _row_loss_backward(
     weight: Tensor | None,
     stats: Tensor,
 ) -> Tensor:
-    run = native.kernels(logits)
-    if run is None or _is_double(target):
+    run = native.kernels(logits, target)
+    if run is None:
         return reference.row_loss_backward(grad_loss, kind, target, tokens, logits, weight, stats)
     B, L, D, S = logits.shape
     grad = logits.new_empty((B, L, D, S))

@@ -15,8 +15,6 @@ from torch import Tensor
 from di4c_ext.ops import checks, native, reference
 from di4c_ext.ops.library import register, register_gradient
 
-POSITIONS = 16  # config.h: kPositions, the block of positions whose partial sums are kept apart
-
 
 def mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How probable K sequences are under a mixture of L products, and how much of it is correlation.
@@ -92,7 +90,7 @@ def _mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None) -> 
     out = _mixture_log_prob_fake(logits, tokens, weight)
     (B, L, D, S), K = logits.shape, tokens.shape[1]
     x = native.rows(logits)
-    work = logits.new_empty((B, -(-D // POSITIONS), L + 1, K), dtype=torch.float64)
+    work = logits.new_empty((B, -(-D // native.POSITIONS), L + 1, K), dtype=torch.float64)
     joint, correlation, lse, share = out
     run(
         "mixture_log_prob",
@@ -117,7 +115,7 @@ def _mixture_log_prob_fake(
     logits: Tensor, tokens: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, L, D, _), K = logits.shape, tokens.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.sum_dtype(logits)
     return (
         logits.new_empty((B, K), dtype=dtype),
         logits.new_empty((B, K), dtype=dtype),
@@ -162,8 +160,8 @@ def _mixture_log_prob_backward(
 
 def _mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.weight_values("mixture_kl", weight)
-    run = native.kernels(logits)
-    if run is None or target.dtype == torch.float64:
+    run = native.kernels(logits, target)
+    if run is None:
         return _in_dtype_of_logits(logits, reference.mixture_kl_forward(target, logits, weight))
     out = _mixture_kl_fake(target, logits, weight)
     B, L, D, S = logits.shape
@@ -190,13 +188,13 @@ def _mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[
 
 def _in_dtype_of_logits(logits: Tensor, values: tuple[Tensor, ...]) -> Any:
     """The reference accumulates a float64 target in float64; results follow the logits all the same."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.sum_dtype(logits)
     return tuple(value.to(dtype) for value in values)
 
 
 def _mixture_kl_fake(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, L, D, _), T = logits.shape, target.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.sum_dtype(logits)
     return (
         logits.new_empty((B,), dtype=dtype),
         logits.new_empty((2, B, T, D), dtype=dtype),
@@ -214,8 +212,8 @@ def _mixture_kl_backward(
     lse: Tensor,
     pull: Tensor,
 ) -> Tensor:
-    run = native.kernels(logits)
-    if run is None or target.dtype == torch.float64:
+    run = native.kernels(logits, target)
+    if run is None:
         return reference.mixture_kl_backward(grad_kl, target, logits, weight, lse_target, lse, pull)
     B, L, D, S = logits.shape
     grad = logits.new_empty((B, L, D, S))

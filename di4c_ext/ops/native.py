@@ -49,6 +49,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _C, _missing = _load()
 _info: dict[str, Any] = dict(_C.info()) if _C is not None else {}
+POSITIONS: int = _C.POSITIONS if _C is not None else 0  # config.h: kPositions, by which workspaces are sized
 
 
 def available(kind: str) -> bool:
@@ -119,8 +120,10 @@ class Kernels:
         getattr(_C.cuda, name)(**values, device=index, stream_handle=stream)  # type: ignore[union-attr]
 
 
-def kernels(tensor: Tensor) -> Kernels | None:
-    """The compiled kernels that serve a tensor, or None where the reference does."""
+def kernels(tensor: Tensor, target: Tensor | None = None) -> Kernels | None:
+    """The compiled kernels that serve a tensor, or None where the reference does, as it does any float64 target."""
+    if target is not None and target.dtype == torch.float64:
+        return None
     return Kernels(tensor.device) if _serves(tensor) else None
 
 
