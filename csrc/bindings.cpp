@@ -38,7 +38,7 @@ class Fields {
   void operator()(const std::string& name, Logits& x) {
     (*this)(name.c_str(), x.data);
     const int dtype = take((name + "_dtype").c_str()).cast<int>();
-    if (dtype < kFloat32 || dtype > kFloat16) throw py::value_error("no dtype has number " + std::to_string(dtype));
+    if (dtype < kFloat32 || dtype > kLogistic) throw py::value_error("no dtype has number " + std::to_string(dtype));
     x.dtype = static_cast<DType>(dtype);
     (*this)((name + "_stride_b").c_str(), x.stride_b);
     (*this)((name + "_stride_l").c_str(), x.stride_l);
@@ -67,27 +67,26 @@ void fill(Fields& f, RandomBitsArgs& a) { FIELD(keys), FIELD(out), FIELD(B), FIE
 
 void fill(Fields& f, SampleArgs& a) {
   FIELD(logits), FIELD(keys), FIELD(x_t), FIELD(unmask_prob), FIELD(mask_id), FIELD(tokens), FIELD(log_prob);
-  FIELD(B), FIELD(D), FIELD(S), FIELD(draws), FIELD(stream), FIELD(temperature);
+  FIELD(B), FIELD(D), FIELD(S), FIELD(draws), FIELD(first), FIELD(stream), FIELD(temperature);
 }
 
-void fill(Fields& f, MixtureLogProbArgs& a) {
-  FIELD(logits), FIELD(tokens), FIELD(weight), FIELD(joint), FIELD(correlation), FIELD(lse), FIELD(share), FIELD(work);
-  FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K);
+void fill(Fields& f, ProductArgs& a) {
+  FIELD(left), FIELD(right), FIELD(base), FIELD(i), FIELD(j), FIELD(keys), FIELD(tokens);
+  FIELD(B), FIELD(D), FIELD(S), FIELD(N), FIELD(draws), FIELD(stream);
 }
 
-void fill(Fields& f, MixtureLogProbBackwardArgs& a) {
-  FIELD(logits), FIELD(tokens), FIELD(weight), FIELD(lse), FIELD(share), FIELD(grad_joint), FIELD(grad_correlation);
-  FIELD(grad), FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K);
+void fill(Fields& f, MixtureArgs& a) {
+  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
+  FIELD(joint), FIELD(correlation), FIELD(parts), FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share);
+  FIELD(pull), FIELD(work), FIELD(row);
+  FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K), FIELD(T), FIELD(information);
 }
 
-void fill(Fields& f, MixtureKlArgs& a) {
-  FIELD(target), FIELD(logits), FIELD(weight), FIELD(kl), FIELD(lse_target), FIELD(lse), FIELD(pull), FIELD(row);
-  FIELD(B), FIELD(T), FIELD(L), FIELD(D), FIELD(S);
-}
-
-void fill(Fields& f, MixtureKlBackwardArgs& a) {
-  FIELD(target), FIELD(logits), FIELD(weight), FIELD(lse_target), FIELD(lse), FIELD(pull), FIELD(grad_kl), FIELD(grad);
-  FIELD(B), FIELD(T), FIELD(L), FIELD(D), FIELD(S);
+void fill(Fields& f, MixtureBackwardArgs& a) {
+  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
+  FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share), FIELD(pull);
+  FIELD(grad_joint), FIELD(grad_correlation), FIELD(grad_parts), FIELD(grad);
+  FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K), FIELD(T);
 }
 
 void fill(Fields& f, RowLossArgs& a) {
@@ -99,6 +98,14 @@ void fill(Fields& f, RowLossBackwardArgs& a) {
   FIELD(kind), FIELD(target), FIELD(tokens), FIELD(logits), FIELD(weight), FIELD(stats), FIELD(grad_loss), FIELD(grad);
   FIELD(B), FIELD(L), FIELD(D), FIELD(S);
 }
+
+#ifdef DI4C_HAS_CUDA
+// Workspace that CUDA kernels alone take.
+template <typename Args>
+void fill_workspace(Fields&, Args&) {}
+void fill_workspace(Fields& f, SampleArgs& a) { FIELD(split); }
+void fill_workspace(Fields& f, RowLossArgs& a) { FIELD(split); }
+#endif
 
 #undef FIELD
 
@@ -119,10 +126,10 @@ void define_cpu(py::module_& m, const char* name) {
 void define_cpu_kernels(py::module_ m) {
   define_cpu<RandomBitsArgs, cpu::random_bits>(m, "random_bits");
   define_cpu<SampleArgs, cpu::sample>(m, "sample");
-  define_cpu<MixtureLogProbArgs, cpu::mixture_log_prob>(m, "mixture_log_prob");
-  define_cpu<MixtureLogProbBackwardArgs, cpu::mixture_log_prob_backward>(m, "mixture_log_prob_backward");
-  define_cpu<MixtureKlArgs, cpu::mixture_kl>(m, "mixture_kl");
-  define_cpu<MixtureKlBackwardArgs, cpu::mixture_kl_backward>(m, "mixture_kl_backward");
+  define_cpu<ProductArgs, cpu::sample_product>(m, "sample_product");
+  define_cpu<MixtureArgs, cpu::mixture_positions>(m, "mixture_positions");
+  define_cpu<MixtureArgs, cpu::mixture_finish>(m, "mixture_finish");
+  define_cpu<MixtureBackwardArgs, cpu::mixture_backward>(m, "mixture_backward");
   define_cpu<RowLossArgs, cpu::row_loss>(m, "row_loss");
   define_cpu<RowLossBackwardArgs, cpu::row_loss_backward>(m, "row_loss_backward");
 }
@@ -136,6 +143,7 @@ void define_cuda(py::module_& m, const char* name) {
     void* stream = nullptr;
     Fields fields(given);
     fill(fields, args);
+    fill_workspace(fields, args);
     fields("device", device);
     fields("stream_handle", stream);
     fields.done();
@@ -147,10 +155,10 @@ void define_cuda(py::module_& m, const char* name) {
 void define_cuda_kernels(py::module_ m) {
   define_cuda<RandomBitsArgs, cuda::random_bits>(m, "random_bits");
   define_cuda<SampleArgs, cuda::sample>(m, "sample");
-  define_cuda<MixtureLogProbArgs, cuda::mixture_log_prob>(m, "mixture_log_prob");
-  define_cuda<MixtureLogProbBackwardArgs, cuda::mixture_log_prob_backward>(m, "mixture_log_prob_backward");
-  define_cuda<MixtureKlArgs, cuda::mixture_kl>(m, "mixture_kl");
-  define_cuda<MixtureKlBackwardArgs, cuda::mixture_kl_backward>(m, "mixture_kl_backward");
+  define_cuda<ProductArgs, cuda::sample_product>(m, "sample_product");
+  define_cuda<MixtureArgs, cuda::mixture_positions>(m, "mixture_positions");
+  define_cuda<MixtureArgs, cuda::mixture_finish>(m, "mixture_finish");
+  define_cuda<MixtureBackwardArgs, cuda::mixture_backward>(m, "mixture_backward");
   define_cuda<RowLossArgs, cuda::row_loss>(m, "row_loss");
   define_cuda<RowLossBackwardArgs, cuda::row_loss_backward>(m, "row_loss_backward");
 }
@@ -183,5 +191,7 @@ PYBIND11_MODULE(_C, m) {
   define_cpu_kernels(m.def_submodule("cpu"));
   define_cuda_kernels(m.def_submodule("cuda"));
   m.attr("POSITIONS") = kPositions;
+  m.attr("LONG_ROW") = kLongRow;
+  m.attr("FEW_ROWS") = kFewRows;
   m.def("info", &info, "What was built and what serves.");
 }

@@ -24,17 +24,20 @@ struct Scratch {
 
 struct Sampler {
   Row row;
-  int64_t S, chunks, excluded;  // excluded: the class never drawn, -1 for none
+  int64_t chunks, excluded;  // excluded: the class never drawn, -1 for none
   float inverse_temperature;
   Scratch& s;
   float row_max = -kInf;
   double total = 0;      // of the chunks' values: sum exp(x - row_max)
   double log_total = 0;
+  int64_t at_hand = -1;  // the chunk that chunk() gave last, and what it gave
+  const float* x_at_hand = nullptr;
 
-  int size(int64_t c) const { return min_int(S - c * kChunk, kChunk); }
+  int size(int64_t c) const { return min_int(row.S - c * kChunk, kChunk); }
 
   // Chunk c, tempered and without the excluded class; in place where nothing is to be done.
   const float* chunk(int64_t c) {
+    if (c == at_hand) return x_at_hand;
     const int n = size(c);
     const float* x = read(row, c * kChunk, n, s.x);
     if (inverse_temperature != 1.0f) {
@@ -46,6 +49,8 @@ struct Sampler {
       s.x[excluded % kChunk] = -kInf;
       x = s.x;
     }
+    at_hand = c;
+    x_at_hand = x;
     return x;
   }
 
@@ -153,7 +158,7 @@ struct Sampler {
 
 // All draws of position (b, d).
 void sample_row(const SampleArgs& a, int64_t b, int64_t d, Scratch& scratch) {
-  const uint64_t key = static_cast<uint64_t>(a.keys[b]), position = static_cast<uint64_t>(d);
+  const uint64_t key = static_cast<uint64_t>(a.keys[b]), position = static_cast<uint64_t>(a.first + d);
   const auto at = [&](int64_t draw) { return (b * a.draws + draw) * a.D + d; };
   const auto put = [&](int64_t draw, int64_t token, float log_prob) {
     a.tokens[at(draw)] = token;
@@ -164,7 +169,7 @@ void sample_row(const SampleArgs& a, int64_t b, int64_t d, Scratch& scratch) {
     return !a.x_t || unit_double(philox(key, position, static_cast<uint32_t>(draw), word).a) < a.unmask_prob[b];
   };
 
-  Sampler sampler{row_at(a.logits, b, 0, d), a.S, ceil_div(a.S, kChunk), a.mask_id < a.S ? a.mask_id : -1,
+  Sampler sampler{row_at(a.logits, a.S, b, 0, d), ceil_div(a.S, kChunk), a.mask_id < a.S ? a.mask_id : -1,
                   a.temperature > 0 ? 1.0f / a.temperature : 1.0f, scratch};
   const bool open = !a.x_t || a.x_t[b * a.D + d] == a.mask_id;
   bool scanned = false;

@@ -19,18 +19,18 @@ struct Kernels {
   bool (*supported)();
   void (*random_bits)(const RandomBitsArgs&, int);
   void (*sample)(const SampleArgs&, int);
-  void (*mixture_log_prob)(const MixtureLogProbArgs&, int);
-  void (*mixture_log_prob_backward)(const MixtureLogProbBackwardArgs&, int);
-  void (*mixture_kl)(const MixtureKlArgs&, int);
-  void (*mixture_kl_backward)(const MixtureKlBackwardArgs&, int);
+  void (*sample_product)(const ProductArgs&, int);
+  void (*mixture_positions)(const MixtureArgs&, int);
+  void (*mixture_finish)(const MixtureArgs&, int);
+  void (*mixture_backward)(const MixtureBackwardArgs&, int);
   void (*row_loss)(const RowLossArgs&, int);
   void (*row_loss_backward)(const RowLossBackwardArgs&, int);
 };
 
 #define DI4C_KERNELS(isa, supported)                                                                           \
   {                                                                                                            \
-#isa, supported, isa::random_bits, isa::sample, isa::mixture_log_prob, isa::mixture_log_prob_backward,         \
-        isa::mixture_kl, isa::mixture_kl_backward, isa::row_loss, isa::row_loss_backward                       \
+#isa, supported, isa::random_bits, isa::sample, isa::sample_product, isa::mixture_positions,         \
+        isa::mixture_finish, isa::mixture_backward, isa::row_loss, isa::row_loss_backward                      \
   }
 
 // __builtin_cpu_supports also asks whether the system saves the registers. Every processor with AVX2 has F16C.
@@ -81,8 +81,9 @@ template <typename BackwardArgs>
 const BackwardArgs& with_huge_pages(const BackwardArgs& a) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kWorthwhile = size_t{4} << 20;
-  const size_t size = static_cast<size_t>(a.B * a.L * a.D * a.S) * (a.logits.dtype == kFloat32 ? 4 : 2);
-  if (size >= kWorthwhile) {
+  const int64_t row = a.logits.dtype == kLogistic ? 8 : a.S * (a.logits.dtype == kFloat32 ? 4 : 2);
+  const size_t size = static_cast<size_t>(a.B * a.L * a.D * row);
+  if (size >= kWorthwhile && a.grad != a.logits.data) {
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(a.grad);
     const uintptr_t first = (start + page - 1) / page * page;
     (void)madvise(reinterpret_cast<void*>(first), start + size - first, MADV_HUGEPAGE);
@@ -103,13 +104,11 @@ std::string isa_active() { return active().name; }
 
 void random_bits(const RandomBitsArgs& a, int threads) { active().random_bits(a, threads); }
 void sample(const SampleArgs& a, int threads) { active().sample(a, threads); }
-void mixture_log_prob(const MixtureLogProbArgs& a, int threads) { active().mixture_log_prob(a, threads); }
-void mixture_log_prob_backward(const MixtureLogProbBackwardArgs& a, int threads) {
-  active().mixture_log_prob_backward(with_huge_pages(a), threads);
-}
-void mixture_kl(const MixtureKlArgs& a, int threads) { active().mixture_kl(a, threads); }
-void mixture_kl_backward(const MixtureKlBackwardArgs& a, int threads) {
-  active().mixture_kl_backward(with_huge_pages(a), threads);
+void sample_product(const ProductArgs& a, int threads) { active().sample_product(a, threads); }
+void mixture_positions(const MixtureArgs& a, int threads) { active().mixture_positions(a, threads); }
+void mixture_finish(const MixtureArgs& a, int threads) { active().mixture_finish(a, threads); }
+void mixture_backward(const MixtureBackwardArgs& a, int threads) {
+  active().mixture_backward(with_huge_pages(a), threads);
 }
 void row_loss(const RowLossArgs& a, int threads) { active().row_loss(a, threads); }
 void row_loss_backward(const RowLossBackwardArgs& a, int threads) {

@@ -7,10 +7,10 @@
   namespace di4c::cpu::isa {                                                     \
   void random_bits(const RandomBitsArgs&, int threads);                          \
   void sample(const SampleArgs&, int threads);                                   \
-  void mixture_log_prob(const MixtureLogProbArgs&, int threads);                 \
-  void mixture_log_prob_backward(const MixtureLogProbBackwardArgs&, int threads); \
-  void mixture_kl(const MixtureKlArgs&, int threads);                            \
-  void mixture_kl_backward(const MixtureKlBackwardArgs&, int threads);           \
+  void sample_product(const ProductArgs&, int threads);                          \
+  void mixture_positions(const MixtureArgs&, int threads);                       \
+  void mixture_finish(const MixtureArgs&, int threads);                          \
+  void mixture_backward(const MixtureBackwardArgs&, int threads);                \
   void row_loss(const RowLossArgs&, int threads);                                \
   void row_loss_backward(const RowLossBackwardArgs&, int threads);               \
   }

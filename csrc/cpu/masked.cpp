@@ -36,10 +36,10 @@ f32 slope(f32 t, f32 log_t, f32 p, f32 log_p, f32 g, f32 scalar) {
 // f(u, start, i, n, t, log_t, p, log_p) for the vectors of a target row and a student row: elements start + i on of the
 // chunk [start, start + n).
 template <typename F>
-inline __attribute__((always_inline)) void each_pair(const Row& target, const Row& row, int64_t S, Norm y, Norm x,
+inline __attribute__((always_inline)) void each_pair(const Row& target, const Row& row, Norm y, Norm x,
                                                      Scratch& s, const F& f) {
-  for (int64_t start = 0; start < S; start += kChunk) {
-    const int n = min_int(S - start, kChunk);
+  for (int64_t start = 0; start < row.S; start += kChunk) {
+    const int n = min_int(row.S - start, kChunk);
     const float* b = read(row, start, n, s.x);
     const float* a = read(target, start, n, s.y);
     each(a, n, -kInf, DI4C_EACH(int u, int i, int count, f32 v) {
@@ -50,10 +50,10 @@ inline __attribute__((always_inline)) void each_pair(const Row& target, const Ro
 }
 
 template <RowLoss kind>
-void forward_row(const Row& target, const Row& row, int64_t S, Norm y, Norm x, Scratch& s, float& loss, float& scalar) {
+void forward_row(const Row& target, const Row& row, Norm y, Norm x, Scratch& s, float& loss, float& scalar) {
   double loss_sum = 0, scalar_sum = 0;
   f32 part_loss[U] = {}, part_scalar[U] = {};
-  each_pair(target, row, S, y, x, s,
+  each_pair(target, row, y, x, s,
             DI4C_EACH(int u, int64_t, int i, int n, f32 t, f32 log_t, f32 p, f32 log_p) {
     const Terms now = terms<kind>(t, log_t, p, log_p);
     part_loss[u] += now.loss;
@@ -77,15 +77,15 @@ void backward_row(const RowLossBackwardArgs& args, const Row& target, const Row&
     store(out + i, n - i, slope<kind>(t, log_t, p, log_p, g, c));
     if (i + W >= n) write(grad, dtype, start, n, out);
   };
-  each_pair(target, row, args.S, y, x, s, visit);
+  each_pair(target, row, y, x, s, visit);
 }
 
 void cross_entropy_backward(const RowLossBackwardArgs& args, const Row& row, void* grad, Norm x, Scratch& s,
                             float upstream, int64_t token) {
   const f32 g = set(upstream);
   const DType dtype = args.logits.dtype;
-  for (int64_t start = 0; start < args.S; start += kChunk) {
-    const int n = min_int(args.S - start, kChunk);
+  for (int64_t start = 0; start < row.S; start += kChunk) {
+    const int n = min_int(row.S - start, kChunk);
     float* out = write_target(grad, dtype, start, s.x);
     each(read(row, start, n, s.x), n, -kInf, DI4C_EACH(int, int i, int count, f32 v) {
       store(out + i, count, g * exp_nonpos(v - x.max - x.log_sum));
@@ -102,8 +102,8 @@ void cross_entropy_backward(const RowLossBackwardArgs& args, const Row& row, voi
 void forward_position(const RowLossArgs& args, int64_t b, int64_t d, Scratch& s) {
   const int64_t count = args.B * args.L * args.D;
   const bool used = weight_at(args.weight, b * args.D + d) != 0, cross = args.kind == kCrossEntropy;
-  const Row target = cross ? Row{nullptr, kFloat32} : row_at(args.target, b, 0, d);
-  const Norm y = used && !cross ? Norm(norm_of(target, args.S, s.y)) : Norm{};
+  const Row target = cross ? Row{} : row_at(args.target, args.S, b, 0, d);
+  const Norm y = used && !cross ? Norm(norm_of(target, s.y)) : Norm{};
   for (int64_t l = 0; l < args.L; ++l) {
     const int64_t i = (b * args.L + l) * args.D + d;
     float &loss = args.row[i], &scalar = args.stats[4 * count + i];
@@ -111,16 +111,16 @@ void forward_position(const RowLossArgs& args, int64_t b, int64_t d, Scratch& s)
     keep(Norm{}, args.stats, count, i);
     keep(y, args.stats + 2 * count, count, i);
     if (!used) continue;
-    const Row row = row_at(args.logits, b, l, d);
-    const ExactNorm exact = norm_of(row, args.S, s.x);
+    const Row row = row_at(args.logits, args.S, b, l, d);
+    const ExactNorm exact = norm_of(row, s.x);
     const Norm x = exact;
     keep(x, args.stats, count, i);
     const int64_t token = cross ? args.tokens[b * args.D + d] : 0;
     switch (args.kind) {
-      case kForwardKl: forward_row<kForwardKl>(target, row, args.S, y, x, s, loss, scalar); break;
-      case kReverseKl: forward_row<kReverseKl>(target, row, args.S, y, x, s, loss, scalar); break;
-      case kJensenShannon: forward_row<kJensenShannon>(target, row, args.S, y, x, s, loss, scalar); break;
-      case kTotalVariation: forward_row<kTotalVariation>(target, row, args.S, y, x, s, loss, scalar); break;
+      case kForwardKl: forward_row<kForwardKl>(target, row, y, x, s, loss, scalar); break;
+      case kReverseKl: forward_row<kReverseKl>(target, row, y, x, s, loss, scalar); break;
+      case kJensenShannon: forward_row<kJensenShannon>(target, row, y, x, s, loss, scalar); break;
+      case kTotalVariation: forward_row<kTotalVariation>(target, row, y, x, s, loss, scalar); break;
       case kCrossEntropy:
         loss = token < 0 || token >= args.S
                    ? kNan
@@ -133,14 +133,14 @@ void backward_position(const RowLossBackwardArgs& args, int64_t b, int64_t d, Sc
   const int64_t count = args.B * args.L * args.D;
   const float weight = weight_at(args.weight, b * args.D + d);
   const bool cross = args.kind == kCrossEntropy;
-  const Row target = cross ? Row{nullptr, kFloat32} : row_at(args.target, b, 0, d);
+  const Row target = cross ? Row{} : row_at(args.target, args.S, b, 0, d);
   for (int64_t l = 0; l < args.L; ++l) {
     const int64_t i = (b * args.L + l) * args.D + d;
     if (weight == 0) {
       zero_row(args.grad, args.logits.dtype, i, args.S);
       continue;
     }
-    const Row row = row_at(args.logits, b, l, d);
+    const Row row = row_at(args.logits, args.S, b, l, d);
     const Norm x = kept(args.stats, count, i), y = kept(args.stats + 2 * count, count, i);
     void* grad = grad_row(args.grad, args.logits.dtype, i, args.S);
     const float g = weight * args.grad_loss[b * args.L + l], scalar = args.stats[4 * count + i];

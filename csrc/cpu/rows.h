@@ -1,6 +1,7 @@
 // Rows of logits in memory, and what every kernel asks of a row: its maximum and the log of its sum of exponentials.
 #pragma once
 #include "di4c/api.h"
+#include "logistic.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -8,21 +9,37 @@ namespace di4c::cpu::DI4C_ISA {
 
 static inline int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
-// S classes starting at `data`; any alignment that the dtype itself allows.
+// The S logits of one row: S classes starting at `data`, any alignment that the dtype itself allows; or computed from
+// the two floats there.
 struct Row {
   const void* data;
   DType dtype;
+  int64_t S;
+  LogisticRow logistic;  // kLogistic only
 };
 
-static inline Row row_at(const Logits& x, int64_t b, int64_t l, int64_t d) {
+static inline Row row_at(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {
   const int64_t offset = b * x.stride_b + l * x.stride_l + d * x.stride_d;
-  return {static_cast<const char*>(x.data) + offset * (x.dtype == kFloat32 ? 4 : 2), x.dtype};
+  const int64_t size = x.dtype == kFloat32 || x.dtype == kLogistic ? 4 : 2;
+  Row row{};
+  row.data = static_cast<const char*>(x.data) + offset * size;
+  row.dtype = x.dtype;
+  row.S = S;
+  if (x.dtype == kLogistic) {
+    const float* numbers = static_cast<const float*>(row.data);
+    row.logistic = logistic_row(numbers[0], numbers[1], S);
+  }
+  return row;
 }
 
-// Elements [start, start + n) as floats: in place where they are floats, otherwise converted into `buffer`, which holds
-// n rounded up to W.
+// Elements [start, start + n) as floats: in place where they are floats, otherwise converted or computed into `buffer`,
+// which holds n rounded up to W.
 static inline const float* read(const Row& row, int64_t start, int n, float* buffer) {
   if (row.dtype == kFloat32) return static_cast<const float*>(row.data) + start;
+  if (row.dtype == kLogistic) {
+    logistic_logits(row.logistic, start, n, buffer);
+    return buffer;
+  }
   const uint16_t* source = static_cast<const uint16_t*>(row.data) + start;
   const auto convert = [&](auto widen) {
     int i = 0;
@@ -49,6 +66,22 @@ static inline float read_one(const Row& row, int64_t i) {
   return read(row, i, 1, buffer)[0];
 }
 
+// The same row with its logits computed once and for all, into `room` of S rounded up to W floats, where they otherwise
+// would be at each reading. Keep the old row for its pull.
+static inline Row computed(const Row& row, float* room) {
+  if (row.dtype != kLogistic) return row;
+  logistic_logits(row.logistic, 0, static_cast<int>(row.S), room);
+  Row floats{};
+  floats.data = room;
+  floats.dtype = kFloat32;
+  floats.S = row.S;
+  return floats;
+}
+
+static inline void logistic_pull(const Row& row, int64_t start, int n, const float* g, LogisticSum& sum) {
+  logistic_pull(row.logistic, start, n, g, sum);
+}
+
 // Where a piece of gradient row [start, start + n) is to be computed: its place in `grad` (floats) or `buffer`.
 static inline float* write_target(void* grad, DType dtype, int64_t start, float* buffer) {
   return dtype == kFloat32 ? static_cast<float*>(grad) + start : buffer;
@@ -58,20 +91,33 @@ static inline float* write_target(void* grad, DType dtype, int64_t start, float*
 static inline void write(void* grad, DType dtype, int64_t start, int n, const float* buffer) {
   if (dtype == kFloat32) return;
   uint16_t* target = static_cast<uint16_t*>(grad) + start;
-  for (int i = 0; i < n; i += W) {
-    const int count = min_int(n - i, W);
-    const f32 x = count == W ? load(buffer + i) : load(buffer + i, count, 0.0f);
-    const u16 v = dtype == kBFloat16 ? to_bfloat16(x) : to_float16(x);
-    memcpy(target + i, &v, static_cast<size_t>(count) * 2);
-  }
+  const auto round = [&](auto narrow) {
+    int i = 0;
+    for (; i + W <= n; i += W) {
+      const u16 v = narrow(load(buffer + i));
+      memcpy(target + i, &v, sizeof v);
+    }
+    if (i == n) return;
+    const u16 v = narrow(load(buffer + i, n - i, 0.0f));
+    memcpy(target + i, &v, static_cast<size_t>(n - i) * 2);
+  };
+  if (dtype == kBFloat16)
+    round([](f32 x) { return to_bfloat16(x); });
+  else
+    round([](f32 x) { return to_float16(x); });
+}
+
+// Bytes of a row of gradient, or of logits that lie dense; the gradient of a logistic row is two floats.
+static inline int64_t row_bytes(DType dtype, int64_t S) {
+  return dtype == kLogistic ? 8 : S * (dtype == kFloat32 ? 4 : 2);
 }
 
 static inline char* grad_row(void* grad, DType dtype, int64_t row, int64_t S) {
-  return static_cast<char*>(grad) + row * S * (dtype == kFloat32 ? 4 : 2);
+  return static_cast<char*>(grad) + row * row_bytes(dtype, S);
 }
 
 static inline void zero_row(void* grad, DType dtype, int64_t row, int64_t S) {
-  memset(grad_row(grad, dtype, row, S), 0, static_cast<size_t>(S) * (dtype == kFloat32 ? 4 : 2));
+  memset(grad_row(grad, dtype, row, S), 0, static_cast<size_t>(row_bytes(dtype, S)));
 }
 
 // f(u, i, count, x) for the vectors of x[0..n): u their place in the block of kLanes, i their first element, count >= W
@@ -123,11 +169,11 @@ static inline void keep(const Norm& norm, float* planes, int64_t rows, int64_t i
 
 static inline Norm kept(const float* planes, int64_t rows, int64_t i) { return {planes[i], planes[rows + i]}; }
 
-static inline ExactNorm norm_of(const Row& row, int64_t S, float* buffer) {
+static inline ExactNorm norm_of(const Row& row, float* buffer) {
   float top = -kInf;
   double sum = 0;
-  for (int64_t start = 0; start < S; start += kChunk) {
-    const int n = min_int(S - start, kChunk);
+  for (int64_t start = 0; start < row.S; start += kChunk) {
+    const int n = min_int(row.S - start, kChunk);
     const float* x = read(row, start, n, buffer);
     const float m = max_of(x, n), s = sum_exp(x, n, m);
     if (start == 0) {

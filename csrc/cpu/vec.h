@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "di4c/exp.h"
+#include "di4c/log.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -36,6 +36,8 @@ typedef float f32 __attribute__((vector_size(4 * W)));
 typedef int32_t i32 __attribute__((vector_size(4 * W)));
 typedef uint32_t u32 __attribute__((vector_size(4 * W)));
 typedef uint16_t u16 __attribute__((vector_size(2 * W)));
+typedef double f64 __attribute__((vector_size(4 * W)));  // W / 2 lanes
+typedef uint64_t u64 __attribute__((vector_size(4 * W)));
 
 constexpr float kInf = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
@@ -73,6 +75,20 @@ static inline f32 max(f32 a, f32 b) {
 #endif
 }
 
+static inline f64 set(double x) { return f64{} + x; }
+
+static inline f64 fma(f64 a, f64 b, f64 c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
 static inline f32 abs(f32 x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 
 // --- memory ---------------------------------------------------------------------------------------------------
@@ -106,6 +122,58 @@ static inline void store(float* p, int n, f32 v) {
   float lane[W];
   store(lane, v);
   for (int i = 0; i < n; ++i) p[i] = lane[i];
+#endif
+}
+
+static inline f64 load(const double* p) {
+  f64 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(double* p, f64 v) { memcpy(p, &v, sizeof v); }
+
+// The lower and the upper half of a vector of floats as doubles, and two such halves rounded back to floats.
+static inline f64 widen(f32 v, bool upper) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(upper ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(upper ? _mm256_extractf128_ps(v, 1) : _mm256_castps256_ps128(v));
+#else
+  f64 wide;
+  for (int i = 0; i < W / 2; ++i) wide[i] = v[i + (upper ? W / 2 : 0)];
+  return wide;
+#endif
+}
+
+static inline f32 narrow(f64 lower, f64 upper) {
+#if defined(__AVX512F__)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(lower)), _mm512_cvtpd_ps(upper), 1);
+#elif defined(__AVX2__)
+  return _mm256_set_m128(_mm256_cvtpd_ps(upper), _mm256_cvtpd_ps(lower));
+#else
+  f32 v;
+  for (int i = 0; i < W / 2; ++i) v[i] = static_cast<float>(lower[i]), v[i + W / 2] = static_cast<float>(upper[i]);
+  return v;
+#endif
+}
+
+// Stores past the caches, to an address aligned to the vector; complete for others to see after fence().
+static inline void stream(void* p, f32 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(static_cast<float*>(p), v);
+#else
+  memcpy(p, &v, sizeof v);
+#endif
+}
+
+static inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -234,22 +302,55 @@ static inline f32 exp_nonpos(f32 x) {
 #endif
 }
 
-// log x for normal x > 0: x = 2^e (1 + f), f in [sqrt 1/2 - 1, sqrt 2 - 1), log(1 + f) = f - f^2/2 + f^3 P(f), P of
-// degree 7 fitted for least relative error. NaN gives NaN. Largest relative error: 9e-8 (with an fma).
+struct LogParts {  // x = 2^e (1 + f), log(1 + f) = f - f^2/2 + f^3 p
+  f32 e, f, p;
+};
+
+static inline __attribute__((always_inline)) LogParts log_parts(f32 x) {
+  const u32 bits = float_to_bits(x), whole = (bits - kSqrtHalfBits) & 0xff800000u;
+  LogParts v;
+  v.e = __builtin_convertvector((i32)whole >> 23, f32);
+  v.f = bits_to_float(bits - whole) - 1.0f;
+  v.p = fma(set(kLogP7), v.f, set(kLogP6));
+  v.p = fma(v.p, v.f, set(kLogP5));
+  v.p = fma(v.p, v.f, set(kLogP4));
+  v.p = fma(v.p, v.f, set(kLogP3));
+  v.p = fma(v.p, v.f, set(kLogP2));
+  v.p = fma(v.p, v.f, set(kLogP1));
+  v.p = fma(v.p, v.f, set(kLogP0));
+  return v;
+}
+
+// log.h lane by lane, for normal x > 0.
 static inline f32 log_normal(f32 x) {
-  const u32 bits = float_to_bits(x), shifted = bits - 0x3f3504f3u;  // sqrt 1/2
-  const u32 whole = shifted & 0xff800000u;
-  const f32 e = __builtin_convertvector((i32)whole >> 23, f32);
-  const f32 f = bits_to_float(bits - whole) - 1.0f;
-  f32 p = fma(set(-0x1.38b582p-4f), f, set(0x1.055b72p-3f));
-  p = fma(p, f, set(-0x1.0d8544p-3f));
-  p = fma(p, f, set(0x1.22da1cp-3f));
-  p = fma(p, f, set(-0x1.547244p-3f));
-  p = fma(p, f, set(0x1.99a008p-3f));
-  p = fma(p, f, set(-0x1.000226p-2f));
-  p = fma(p, f, set(0x1.555554p-2f));
-  const f32 log1 = fma(fma(p, f, set(-0.5f)), f * f, f);
-  return x == x ? fma(e, set(kLn2Hi), fma(e, set(kLn2Lo), log1)) : x;
+  const LogParts v = log_parts(x);
+  const f32 log1 = fma(fma(v.p, v.f, set(-0.5f)), v.f * v.f, v.f);
+  return x == x ? fma(v.e, set(kLn2Hi), fma(v.e, set(kLn2Lo), log1)) : x;
+}
+
+// r - 1 - log r for normal r > 0, by the same P: f^2 (1/2 - f P(f)) where r is near 1, so that nothing cancels.
+static inline f32 log_excess(f32 r) {
+  const LogParts v = log_parts(r);
+  const f32 square = v.f * v.f, near = square * fma(-v.p, v.f, set(0.5f));
+  const f32 log_r = fma(v.e, set(kLn2Hi), fma(v.e, set(kLn2Lo), fma(fma(v.p, v.f, set(-0.5f)), square, v.f)));
+  return v.e == 0.0f ? near : (r - 1.0f) - log_r;
+}
+
+// log x for x >= 1 in doubles, from 2 artanh(f / (2 + f)); error 2e-13 of it. NaN gives NaN.
+static inline f64 log_from_one(f64 x) {
+  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdull, kTwo52 = 0x4330000000000000ull;
+  const u64 whole = ((u64)x - kSqrtHalf) & 0xfff0000000000000ull;
+  const f64 e = (f64)(whole >> 52 | kTwo52) - 0x1p52, f = (f64)((u64)x - whole) - 1.0;
+  const f64 s = f / (f + 2.0), z = s * s;
+  f64 p = fma(set(2.0 / 17), z, set(2.0 / 15));
+  p = fma(p, z, set(2.0 / 13));
+  p = fma(p, z, set(2.0 / 11));
+  p = fma(p, z, set(2.0 / 9));
+  p = fma(p, z, set(2.0 / 7));
+  p = fma(p, z, set(2.0 / 5));
+  p = fma(p, z, set(2.0 / 3));
+  const f64 log1 = fma(p * z, s, s + s);
+  return x == x ? fma(e, set(0x1.62e42fefa39efp-1), log1) : x;
 }
 
 // log(1 + z) for z in [0, 1]. The last term restores what 1 + z rounds away, at most 2^-24, so that 1.5 - w / 2, right

@@ -1,8 +1,10 @@
 // The kernels' contract: one struct of raw pointers and sizes per kernel, the same for every backend.
 //
 // Logits are (B, L, D, S): classes contiguous, the other strides arbitrary (in elements, 0 allowed), rows at
-// any alignment. Everything else is contiguous in the order of its indices. Pointers marked "or null" may be.
-// No kernel allocates, keeps state or syncs; workspace is handed in. N = 0 anywhere returns at once.
+// any alignment. Logistic logits (logistic.h) have two floats in place of a row, mean and log-scale, and no row in
+// memory at all; a gradient of theirs is two floats too. Everything else is contiguous in the order of its indices. Pointers marked "or null" may be.
+// No kernel allocates, keeps state or syncs; workspace is handed in. N = 0 anywhere returns at once. A `split`
+// workspace lets CUDA devices without clusters share a long row between CTAs; its tickets are 0 again afterwards.
 //
 // Log-sum-exps are kept as two floats a row, in planes: [0] the row's maximum m, [1] log sum exp(x - m). Every
 // log-probability is (x - m) - log_sum, in that order: one float of m + log_sum would lose 3e-5 of it at m = 1000.
@@ -35,54 +37,69 @@ struct SampleArgs {
   int64_t mask_id;            // state that means "masked", never drawn if < S; -1 for none
   int64_t* tokens;            // (B, draws, D)
   float* log_prob;            // (B, draws, D) or null: log-probability of the token drawn, 0 where none was
+  uint32_t* split;            // workspace for long rows or null: B D tickets of 0, then B D 2 ceil(S / kChunk) words
   int64_t B, D, S, draws;
+  int64_t first;              // the position that row d = 0 stands for: draws are counted by first + d
   uint32_t stream;
   float temperature;          // 0: the largest logit, the smallest index on ties
 };
 
-// joint[b,k] = LME_l sum_d w a,  correlation[b,k] = LME_l sum_d w (a - LME_l a),  a = log p_l^d(x_k^d)
-struct MixtureLogProbArgs {
+// Draws of states s in proportion to left[n,i,s] right[n,j,s] + base[n,i,j], for the rows i and j that each position
+// names: the reverse step of a process whose transitions are tables, i the state now and j the clean one (product.h).
+struct ProductArgs {
+  const double* left;   // (N, S, S), entries >= 0
+  const double* right;  // (N, S, S)
+  const double* base;   // (N, S, S) or null: 0
+  const int64_t* i;     // (B, D)
+  const int64_t* j;     // (B, draws, D)
+  const int64_t* keys;  // (B,)
+  int64_t* tokens;      // (B, draws, D); -1 where i or j is no state, or the product no law
+  int64_t B, D, S, N, draws;  // N is B, or 1: tables for all samples
+  uint32_t stream;            // the draws take its coin words, so that tokens of one stream are independent of them
+};
+
+enum Part : int { kDistillation = 0, kMarginalTeacher = 1, kMarginalTarget = 2, kInformation = 3, kParts = 4 };
+
+// A mixture of L products against K sequences, a teacher and a target that is a mixture of T; any may be absent.
+// With a = log p_l^d(x_k^d), pbar = mean_l p_l, gbar = mean_t g_t:
+//   joint[b,k]              = LME_l sum_d w a
+//   correlation[b,k]        = LME_l sum_d w (a - LME_l a)
+//   parts[kDistillation]    = mean_l sum_d w KL(teacher || p_l)      0 without a teacher, and where inside[b] is 0
+//   parts[kMarginalTeacher] = sum_d w KL(teacher || pbar)            0 without a teacher
+//   parts[kMarginalTarget]  = sum_d w KL(gbar || pbar)               0 without a target, and where inside[b] is 1
+//   parts[kInformation]     = sum_d w KL(p_0 || pbar)                0 unless `information`
+// mixture_positions does what reads rows, mixture_finish adds the blocks of positions up; between the two, work and
+// row of several calls over 16-position-aligned pieces of D may be laid side by side.
+struct MixtureArgs {
   Logits logits;          // (B, L, D, S)
+  Logits teacher;         // (B, 1, D, S) or data null
+  Logits target;          // (B, T, D, S) or data null; not read where inside[b] is 1
   const int64_t* tokens;  // (B, K, D)
+  const uint8_t* inside;  // (B,) of 0 and 1, or null: every part for every sample
   const float* weight;    // (B, D) or null: 1
   float* joint;           // (B, K)
   float* correlation;     // (B, K)
+  float* parts;           // (kParts, B)
   float* lse;             // (2, B, L, D), kept for backward
+  float* lse_teacher;     // (2, B, 1, D), kept for backward
+  float* lse_target;      // (2, B, T, D), kept for backward; 0 for rows that are not read
   float* share;           // (B, L, K), softmax over l of sum_d w a, kept for backward
+  float* pull;            // (2, B, L, D), kept for backward: sum_s t_s p_l(s) / sum_l' p_l'(s), teacher's and target's
   double* work;           // (B, ceil(D / kPositions), L + 1, K)
-  int64_t B, L, D, S, K;
+  float* row;             // (kParts, B, D): the parts of one position, without its weight
+  int64_t B, L, D, S, K, T, information;
 };
 
-struct MixtureLogProbBackwardArgs {
-  Logits logits;
+struct MixtureBackwardArgs {
+  Logits logits, teacher, target;
   const int64_t* tokens;
+  const uint8_t* inside;
   const float* weight;
-  const float *lse, *share;                    // (2, B, L, D), (B, L, K)
+  const float *lse, *lse_teacher, *lse_target, *share, *pull;
   const float *grad_joint, *grad_correlation;  // (B, K)
-  void* grad;                                  // (B, L, D, S), contiguous, dtype of the logits
-  int64_t B, L, D, S, K;
-};
-
-// kl[b] = sum_d w KL(mean_l' softmax target || mean_l softmax logits)
-struct MixtureKlArgs {
-  Logits target;        // (B, T, D, S)
-  Logits logits;        // (B, L, D, S)
-  const float* weight;  // (B, D) or null
-  float* kl;            // (B,)
-  float* lse_target;    // (2, B, T, D), kept for backward
-  float* lse;           // (2, B, L, D), kept for backward
-  float* pull;          // (B, L, D): sum_s t_s p_l(s) / sum_l' p_l'(s), kept for backward
-  float* row;           // (B, D) workspace
-  int64_t B, T, L, D, S;
-};
-
-struct MixtureKlBackwardArgs {
-  Logits target, logits;
-  const float* weight;
-  const float *lse_target, *lse, *pull;  // (2, B, T, D), (2, B, L, D), (B, L, D)
-  const float* grad_kl;  // (B,)
-  void* grad;            // (B, L, D, S), contiguous, dtype of the logits
-  int64_t B, T, L, D, S;
+  const float* grad_parts;                     // (kParts, B); kInformation has no gradient
+  void* grad;  // (B, L, D, S), contiguous, dtype of the logits ((B, L, D, 2) for logistic ones); may be logits.data
+  int64_t B, L, D, S, K, T;
 };
 
 enum RowLoss : int { kForwardKl = 0, kReverseKl = 1, kJensenShannon = 2, kTotalVariation = 3, kCrossEntropy = 4 };
@@ -97,6 +114,7 @@ struct RowLossArgs {
   float* loss;            // (B, L)
   float* stats;           // (5, B, L, D): the logits' two planes, the target's two, the kind's own row scalar
   float* row;             // (B, L, D) workspace
+  uint32_t* split;        // workspace for long rows or null: B L D tickets of 0, then B L D 32 words
   int64_t B, L, D, S;
 };
 
@@ -115,10 +133,10 @@ struct RowLossBackwardArgs {
 namespace cpu {  // threads: how many may work, the caller's included
 void random_bits(const RandomBitsArgs&, int threads);
 void sample(const SampleArgs&, int threads);
-void mixture_log_prob(const MixtureLogProbArgs&, int threads);
-void mixture_log_prob_backward(const MixtureLogProbBackwardArgs&, int threads);
-void mixture_kl(const MixtureKlArgs&, int threads);
-void mixture_kl_backward(const MixtureKlBackwardArgs&, int threads);
+void sample_product(const ProductArgs&, int threads);
+void mixture_positions(const MixtureArgs&, int threads);
+void mixture_finish(const MixtureArgs&, int threads);
+void mixture_backward(const MixtureBackwardArgs&, int threads);
 void row_loss(const RowLossArgs&, int threads);
 void row_loss_backward(const RowLossBackwardArgs&, int threads);
 }  // namespace cpu
@@ -126,10 +144,10 @@ void row_loss_backward(const RowLossBackwardArgs&, int threads);
 namespace cuda {  // launched on `stream` (a cudaStream_t) of `device`; throws std::runtime_error
 void random_bits(const RandomBitsArgs&, int device, void* stream);
 void sample(const SampleArgs&, int device, void* stream);
-void mixture_log_prob(const MixtureLogProbArgs&, int device, void* stream);
-void mixture_log_prob_backward(const MixtureLogProbBackwardArgs&, int device, void* stream);
-void mixture_kl(const MixtureKlArgs&, int device, void* stream);
-void mixture_kl_backward(const MixtureKlBackwardArgs&, int device, void* stream);
+void sample_product(const ProductArgs&, int device, void* stream);
+void mixture_positions(const MixtureArgs&, int device, void* stream);
+void mixture_finish(const MixtureArgs&, int device, void* stream);
+void mixture_backward(const MixtureBackwardArgs&, int device, void* stream);
 void row_loss(const RowLossArgs&, int device, void* stream);
 void row_loss_backward(const RowLossBackwardArgs&, int device, void* stream);
 }  // namespace cuda

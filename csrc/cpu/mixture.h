@@ -1,0 +1,137 @@
+// What the mixture's forward and backward share: memory of a thread, the rows of a position, the order of the work.
+//
+// Everything is done one position at a time: its L rows (and the teacher's, and the target's T) are walked together in
+// strips of columns, so that a class's mass(s) = sum_l p_l(s) is at hand. Masses and probabilities are plain floats,
+// one exponential each. Where a mass is too small for that (below kTiny: a class far down the tail of every
+// component), shares p_l(s) / mass(s) and log masses are taken through logarithms instead, kLanes columns at a time.
+#pragma once
+#include "divergence.h"
+
+namespace di4c::cpu::DI4C_ISA {
+
+constexpr float kTiny = 1e-30f;
+
+static inline bool is_inside(const uint8_t* inside, int64_t b) { return inside && inside[b] != 0; }
+static inline int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
+
+// Hands out a thread's memory piece by piece, each aligned to a cache line; from null it only counts bytes.
+class Arena {
+ public:
+  explicit Arena(void* memory) : start_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* start_;
+  size_t used_ = 0;
+};
+
+// One position's rows of some logits, their normalisers among them.
+struct Rows {
+  int64_t count;
+  Row* row;
+  Norm* norm;
+
+  Rows(Arena& arena, int64_t n) : count(n), row(arena.take<Row>(n)), norm(arena.take<Norm>(n)) {}
+  void find(const Logits& x, int64_t S, int64_t b, int64_t d) const {
+    for (int64_t i = 0; i < count; ++i) row[i] = row_at(x, S, b, i, d);
+  }
+  void recall(const float* planes, int64_t B, int64_t D, int64_t b, int64_t d) const {
+    for (int64_t i = 0; i < count; ++i) norm[i] = kept(planes, B * count * D, (b * count + i) * D + d);
+  }
+  void keep_all(float* planes, int64_t B, int64_t D, int64_t b, int64_t d) const {
+    for (int64_t i = 0; i < count; ++i) keep(norm[i], planes, B * count * D, (b * count + i) * D + d);
+  }
+};
+
+// Log-probabilities of up to kLanes columns of a row, -inf in the lanes that are not of it.
+struct Lanes {
+  f32 v[U];
+};
+
+static inline Lanes log_probs(const Row& row, Norm norm, int64_t start, int n) {
+  float buffer[kChunk];  // more than n, which the compiler does not see
+  const float* x = read(row, start, n, buffer);
+  Lanes a;
+  for (int u = 0; u < U; ++u)
+    a.v[u] = u * W < n ? load(x + u * W, n - u * W, -kInf) - norm.max - norm.log_sum : set(-kInf);
+  return a;
+}
+
+// Columns [start, start + n) of all rows through logarithms: the largest log-probability, the sum of the exponentials
+// relative to it, and the log of the mean probability.
+struct LogMean {
+  Lanes top, sum, value;
+};
+
+static inline bool any(const Lanes& x, const Lanes& where) {  // is x > -inf (or NaN) anywhere that `where` is not 0
+  f32 found = {};
+  for (int u = 0; u < U; ++u) found += (x.v[u] == -kInf) | (where.v[u] == 0.0f) ? f32{} : set(1.0f);
+  return sum_lanes(found) != 0.0f;
+}
+
+static inline Lanes largest(const Rows& rows, int64_t start, int n) {
+  Lanes top = log_probs(rows.row[0], rows.norm[0], start, n);
+  for (int64_t i = 1; i < rows.count; ++i) {
+    const Lanes a = log_probs(rows.row[i], rows.norm[i], start, n);
+    for (int u = 0; u < U; ++u) top.v[u] = max(a.v[u], top.v[u]);
+  }
+  return top;
+}
+
+// e^(a - top) of one row; 0 where every row has none.
+static inline Lanes relative(const Rows& rows, int64_t i, const Lanes& top, int64_t start, int n) {
+  Lanes e = log_probs(rows.row[i], rows.norm[i], start, n);
+  for (int u = 0; u < U; ++u) e.v[u] = top.v[u] == -kInf ? f32{} : exp_nonpos(e.v[u] - top.v[u]);
+  return e;
+}
+
+static inline LogMean log_mean(const Rows& rows, const Lanes& top, int64_t start, int n) {
+  LogMean mean{top, {}, {}};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const Lanes e = relative(rows, i, top, start, n);
+    for (int u = 0; u < U; ++u) mean.sum.v[u] += e.v[u];
+  }
+  const float log_count = static_cast<float>(::log(static_cast<double>(rows.count)));
+  for (int u = 0; u < U; ++u)
+    mean.value.v[u] = mean.sum.v[u] == 0.0f ? set(-kInf) : top.v[u] + (log_normal(mean.sum.v[u]) - log_count);
+  return mean;
+}
+
+// 1 in the lanes of mass[0..n) that are too small, 0 elsewhere. A NaN is not too small.
+static inline Lanes tiny_lanes(const float* mass, int n) {
+  Lanes tiny;
+  for (int u = 0; u < U; ++u)
+    tiny.v[u] = u * W >= n ? f32{} : load(mass + u * W, n - u * W, 1.0f) < kTiny ? set(1.0f) : f32{};
+  return tiny;
+}
+
+// Positions are dealt out in runs; neighbouring tasks are far apart in memory, so that threads which fault in a fresh
+// gradient do not meet on its pages.
+struct Runs {
+  int64_t positions, length, tasks, threads;
+
+  Runs(int64_t total, int64_t run, int workers)
+      : positions(total), length(run), tasks(ceil_div(total, run)), threads(workers < 1 ? 1 : workers) {}
+  int64_t first(int64_t task) const {
+    const int64_t share = tasks / threads, dealt = share * threads;  // the last few as they come
+    const int64_t run = task < dealt ? task % threads * share + task / threads : task;
+    return run * length;
+  }
+  int64_t end(int64_t first) const { return first + length < positions ? first + length : positions; }
+};
+
+// Asks for a row that is read next, or its first few KiB: the processor sees the rest coming.
+static inline void prefetch(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {
+  constexpr int64_t kMost = 8192;
+  const int64_t offset = b * x.stride_b + l * x.stride_l + d * x.stride_d, bytes = row_bytes(x.dtype, S);
+  const char* row = static_cast<const char*>(x.data) + offset * (x.dtype == kFloat32 || x.dtype == kLogistic ? 4 : 2);
+  for (int64_t i = 0; i < bytes && i < kMost; i += 64) __builtin_prefetch(row + i);
+}
+
+}  // namespace di4c::cpu::DI4C_ISA

@@ -1,0 +1,306 @@
+// Joint log-probability of K sequences under a mixture of L products, its correlation part, and the divergences of a
+// teacher and of a target mixture from it. Per position, with mass(s) = sum_l p_l(s):
+//   a_lk = log p_l(x_k) in doubles, since thousands of positions are added up; c_lk = sum_d w (a_lk - LME_l a_lk)
+//   KL(t || pbar) = sum_s t (r - 1 - log r), r = mass / (L t);  pull_l = sum_s t p_l / mass
+//   mean_l KL(t || p_l) = sum_s t (log t - mean_l log p_l) + mass / L - t
+// A row is read once where the L rows of exponentials stay in cache; otherwise the strips read it a second time.
+#include "kernels.h"
+#include "mixture_short_kernels.h"
+#include "mixture_sums.h"
+#include "mixture_tokens.h"
+
+namespace di4c::cpu::DI4C_ISA {
+namespace {
+
+constexpr int64_t kTableBytes = 512 << 10;
+constexpr int kColumns = 64;  // whose masses are added up in registers
+
+struct Forward {
+  const MixtureArgs& args;
+  Arena arena;
+  const bool divergent, divided;           // any part is wanted; teacher or target is there, and pull
+  const int64_t S, L, chunks, wide, stride;  // wide: S padded; stride: between rows of e
+  const bool table;                        // e holds whole rows, not strips
+  Rows logits, teacher, target;
+  Tokens tokens;
+  double *sum, *log_sum, *a, *total;  // (L), (L), (L, Kp), (L + 1, Kp)
+  float *chunk_max, *e, *t, *g, *one, *centred, *room;  // (L, chunks), (L, stride), (wide) each
+  double* pull;                       // (2, L)
+  double* offset;                     // (chunks): what `centred` lacks of a sum of log-probabilities
+  double part[kParts];
+  float *mass, *share, *buffer;       // (kChunk)
+
+  Forward(const MixtureArgs& x, void* memory)
+      : args(x), arena(memory), divergent(x.teacher.data || x.T > 0 || x.information),
+        divided(x.teacher.data || x.T > 0), S(x.S), L(x.L), chunks(ceil_div(S, kChunk)), wide(padded(S)),
+        stride((L * wide * 4 <= kTableBytes ? wide : kChunk) + W), table(L * wide * 4 <= kTableBytes),
+        logits(arena, L), teacher(arena, x.teacher.data ? 1 : 0), target(arena, x.T), tokens(arena, L, x.K) {
+    sum = arena.take<double>(padded(L));
+    log_sum = arena.take<double>(padded(L));
+    a = arena.take<double>(L * tokens.Kp);
+    total = arena.take<double>((L + 1) * tokens.Kp);
+    pull = arena.take<double>(2 * L);
+    offset = arena.take<double>(chunks);
+    chunk_max = arena.take<float>(L * chunks);
+    e = arena.take<float>(divergent ? L * stride : 0);
+    t = arena.take<float>(x.teacher.data ? wide : 0);
+    g = arena.take<float>(x.T > 0 ? wide : 0);
+    one = arena.take<float>(x.T > 1 ? wide : 0);
+    centred = arena.take<float>(x.teacher.data ? wide : 0);
+    room = arena.take<float>(x.logits.dtype == kLogistic ? wide : 0);
+    mass = arena.take<float>(kChunk);
+    share = arena.take<float>(kChunk);
+    buffer = arena.take<float>(kChunk);
+  }
+
+  bool distils(int64_t b) const { return args.teacher.data && (!args.inside || is_inside(args.inside, b)); }
+  bool aims(int64_t b) const { return args.T > 0 && !is_inside(args.inside, b); }
+
+  void keep_rows(int64_t b, int64_t d) const {
+    logits.keep_all(args.lse, args.B, args.D, b, d);
+    if (teacher.count) teacher.keep_all(args.lse_teacher, args.B, args.D, b, d);
+    if (target.count) target.keep_all(args.lse_target, args.B, args.D, b, d);
+    for (int q = 0; q < kParts; ++q) args.row[(q * args.B + b) * args.D + d] = static_cast<float>(part[q]);
+    for (int64_t i = 0; i < 2 * L && divided; ++i)
+      args.pull[((i / L * args.B + b) * L + i % L) * args.D + d] = static_cast<float>(pull[i]);
+  }
+
+  void position(int64_t b, int64_t d, double w) {
+    for (double& p : part) p = 0;
+    for (int64_t i = 0; i < 2 * L; ++i) pull[i] = 0;
+    for (int64_t i = 0; i < L; ++i) logits.norm[i] = {};
+    for (int64_t i = 0; i < teacher.count; ++i) teacher.norm[i] = {};
+    for (int64_t i = 0; i < target.count; ++i) target.norm[i] = {};
+    if (w != 0) {
+      if (args.teacher.data) {
+        teacher.find(args.teacher, S, b, d);
+        mean_probabilities(teacher, S, buffer, one, t);
+      }
+      if (aims(b)) {
+        target.find(args.target, S, b, d);
+        mean_probabilities(target, S, buffer, one, g);
+      }
+      read_components(b, d);
+      if (args.K > 0) add_tokens(w);
+      if (divergent) add_divergences(b);
+    }
+    keep_rows(b, d);
+  }
+
+  // Normalisers and exponentials of the L rows, their logits at the tokens, and the sum of logits less chunk maxima.
+  void read_components(int64_t b, int64_t d) {
+    logits.find(args.logits, S, b, d);
+    if (args.K > 0) tokens.find(args, b, d);
+    const bool centre = distils(b), ahead = d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0;
+    for (int64_t l = 0; l < L; ++l) {
+      if (ahead) prefetch(args.logits, S, b, l, d + 1);
+      const Row row = computed(logits.row[l], room);
+      const float* floats = nullptr;  // the whole row where one chunk is all
+      const RowSum found = sum_row(row, buffer, table && divergent ? e + l * stride : nullptr, chunk_max + l * chunks,
+                                   [&](int64_t start, int n, const float* x, float m) {
+        if (chunks == 1) floats = x;
+        if (!centre) return;
+        const f32 shift = set(m == -kInf ? 0.0f : m);
+        float* to = centred + start;
+        if (l == 0)
+          each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, v - shift); });
+        else
+          each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, load(to + i) + (v - shift)); });
+      });
+      if (args.K > 0) tokens.gather(l, row, floats);
+      logits.norm[l].max = found.max;
+      sum[l] = found.sum;
+    }
+    for (int64_t l = L; l < padded(L); ++l) sum[l] = 1;
+    for (int64_t l = 0; l < L; l += W / 2) store(log_sum + l, log_from_one(load(sum + l)));
+    for (int64_t l = 0; l < L; ++l) logits.norm[l].log_sum = static_cast<float>(log_sum[l]);
+  }
+
+  void add_tokens(double w) {
+    const f64 none = set(-static_cast<double>(kInf)), log_count = set(::log(static_cast<double>(L)));
+    for (int64_t k = 0; k < tokens.Kp; k += W) {
+      f64 top[2] = {none, none};
+      for (int64_t l = 0; l < L; ++l) {
+        const f32 x = load(tokens.x + l * tokens.Kp + k);
+        for (int h = 0; h < 2; ++h) {
+          const f64 now = (widen(x, h) - static_cast<double>(logits.norm[l].max)) - log_sum[l];
+          store(a + l * tokens.Kp + k + h * W / 2, now);
+          top[h] = (now > top[h]) | (now != now) ? now : top[h];
+        }
+      }
+      f32 mass_k = {};
+      for (int64_t l = 0; l < L; ++l) {
+        const double* now = a + l * tokens.Kp + k;
+        mass_k += exp_nonpos(narrow(load(now) - top[0], load(now + W / 2) - top[1]));
+      }
+      for (int h = 0; h < 2; ++h) {
+        const int64_t at = k + h * W / 2;
+        const auto dead = top[h] == none;  // no component has the token: -inf in joint, nothing in correlation
+        const f64 lme = dead ? none : top[h] + (log_from_one(widen(mass_k, h)) - log_count);
+        store(total + L * tokens.Kp + at, load(total + L * tokens.Kp + at) + w * lme);
+        for (int64_t l = 0; l < L; ++l) {
+          double* to = total + l * tokens.Kp + at;
+          store(to, load(to) + (dead ? f64{} : w * (load(a + l * tokens.Kp + at) - lme)));
+        }
+      }
+    }
+    for (int64_t k = 0; k < args.K; ++k)
+      if (tokens.outside[k]) total[L * tokens.Kp + k] = total[k] = __builtin_nan("");
+  }
+
+  void add_divergences(int64_t b) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      offset[c] = 0;
+      for (int64_t l = 0; l < L; ++l) offset[c] += (chunk_max[l * chunks + c] - logits.norm[l].max) - log_sum[l];
+    }
+    for (int64_t l = 0; l < L && table; ++l) chunk_factors(chunk_max + l * chunks, chunks, logits.norm[l], 1.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t start = c * kChunk;
+      const int n = min_int(S - start, kChunk);
+      const Strip strip = probabilities(c, start, n);
+      const bool far = add_masses(strip, n);
+      if (args.teacher.data) {
+        part[kMarginalTeacher] += divergence(t + start, n);
+        add_pulls(strip, n, pull);
+      }
+      if (distils(b)) part[kDistillation] += spread(start, n, static_cast<float>(offset[c] / static_cast<double>(L)));
+      if (aims(b)) {
+        part[kMarginalTarget] += divergence(g + start, n);
+        add_pulls(strip, n, pull + L);
+      }
+      if (args.information) {
+        const f32 by = set(strip.factor[0]);
+        for (int j = 0; j < n; j += W) store(share + j, load(strip.e + j) * by);
+        part[kInformation] += divergence(share, n);
+      }
+      for (int j = 0; far && j < n; j += kLanes) add_far(b, start + j, j, min_int(n - j, kLanes));
+    }
+  }
+
+  struct Strip {  // p_l(s) = e[l stride + s] factor[l step]
+    const float *e, *factor;
+    int64_t step;
+  };
+
+  Strip probabilities(int64_t c, int64_t start, int n) {
+    if (table) return {e + start, chunk_max + c, chunks};
+    for (int64_t l = 0; l < L; ++l) {
+      const Norm norm = logits.norm[l];
+      float* to = e + l * stride;
+      each(read(logits.row[l], start, n, buffer), n, -kInf,
+           DI4C_EACH(int, int i, int, f32 v) { store(to + i, exp_nonpos(v - norm.max - norm.log_sum)); });
+    }
+    static const float kOne = 1.0f;
+    return {e, &kOne, 0};
+  }
+
+  // mass(s) of the strip; true if any is tiny.
+  bool add_masses(const Strip& strip, int n) {
+    for (int j = 0; j < n; j += kColumns) {
+      f32 now[kColumns / W] = {};
+      for (int64_t l = 0; l < L; ++l) {
+        const f32 by = set(strip.factor[l * strip.step]);
+        const float* row = strip.e + l * stride + j;
+        for (int i = 0; i < kColumns / W; ++i)
+          if (j + i * W < n) now[i] = fma(load(row + i * W), by, now[i]);
+      }
+      for (int i = 0; i < kColumns / W; ++i) store(mass + j + i * W, now[i]);
+    }
+    f32 tiny = {};
+    each(mass, n, 1.0f, DI4C_EACH(int, int, int, f32 v) { tiny = v < kTiny ? set(1.0f) : tiny; });
+    return sum_lanes(tiny) != 0.0f;
+  }
+
+  // sum_s t (r - 1 - log r) where the mass is not tiny; leaves t / mass in `share`.
+  double divergence(const float* source, int n) {
+    const f32 inverse = set(1.0f / static_cast<float>(L));
+    f32 sum_kl[U] = {};
+    each(mass, n, 0.0f, DI4C_EACH(int u, int j, int count, f32 v) {
+      const f32 q = count < W ? load(source + j, count, 0.0f) : load(source + j), p = v * inverse;
+      const f32 term = q < kTiny ? p - q : q * log_excess(p / q);
+      sum_kl[u] += v < kTiny ? f32{} : term;
+      store(share + j, v < kTiny ? f32{} : q / v);
+    });
+    return sum_block(sum_kl);
+  }
+
+  void add_pulls(const Strip& strip, int n, double* to) {
+    for (int64_t l = 0; l < L; ++l) {
+      const float* row = strip.e + l * stride;
+      f32 now[U] = {};
+      each(share, n, 0.0f, DI4C_EACH(int u, int j, int, f32 q) { now[u] = fma(q, load(row + j), now[u]); });
+      to[l] += static_cast<double>(strip.factor[l * strip.step]) * sum_block(now);
+    }
+  }
+
+  // sum_s t (log t - mean_l log p_l) + mass / L - t; no mass is too small for it.
+  double spread(int64_t start, int n, float offset) {
+    const f32 inverse = set(1.0f / static_cast<float>(L));
+    const Norm norm = teacher.norm[0];
+    const float* x = read(teacher.row[0], start, n, buffer);
+    f32 now[U] = {};
+    each(x, n, -kInf, DI4C_EACH(int u, int j, int count, f32 v) {
+      const f32 log_t = v - norm.max - norm.log_sum, q = load(t + start + j, count, 0.0f);
+      const f32 mean = fma(load(centred + start + j, count, 0.0f), inverse, set(offset));
+      const f32 term = (mean == -kInf) & (log_t > -kInf) ? set(kInf) : q == 0.0f ? f32{} : q * (log_t - mean);
+      now[u] += term + (load(mass + j, count, 0.0f) * inverse - q);
+    });
+    return sum_block(now);
+  }
+
+  // The tiny lanes of columns [start, start + n), through logarithms. A class that nobody has, as masked ones are, is
+  // seen to be nothing before any are taken.
+  void add_far(int64_t b, int64_t start, int j, int n) {
+    const Lanes tiny = tiny_lanes(mass + j, n), top = largest(logits, start, n);
+    const bool found = any(top, tiny) || (args.teacher.data && any(largest(teacher, start, n), tiny)) ||
+                       (aims(b) && any(largest(target, start, n), tiny));
+    if (!found) return;
+    const LogMean mean = log_mean(logits, top, start, n);
+    const auto against = [&](const Rows& source, double& kl, double* to) {
+      const LogMean log_t = log_mean(source, largest(source, start, n), start, n);
+      f32 q[U], terms[U];
+      for (int u = 0; u < U; ++u) {
+        const auto out = tiny.v[u] == 0.0f;
+        q[u] = out ? f32{} : exp_nonpos(log_t.value.v[u]);
+        const f32 term = kl_term(q[u], log_t.value.v[u], exp_nonpos(mean.value.v[u]), mean.value.v[u]);
+        terms[u] = out ? f32{} : term;
+        q[u] = mean.sum.v[u] == 0.0f ? f32{} : q[u] / mean.sum.v[u];
+      }
+      kl += sum_block(terms);
+      for (int64_t l = 0; l < L && to; ++l) {
+        Lanes shares = relative(logits, l, top, start, n);
+        for (int u = 0; u < U; ++u) shares.v[u] *= q[u];
+        to[l] += sum_block(shares.v);
+      }
+    };
+    if (args.teacher.data) against(teacher, part[kMarginalTeacher], pull);
+    if (aims(b)) against(target, part[kMarginalTarget], pull + L);
+    if (args.information) {
+      Rows first = logits;
+      first.count = 1;
+      against(first, part[kInformation], nullptr);
+    }
+  }
+};
+
+}  // namespace
+
+void mixture_positions(const MixtureArgs& args, int threads) {
+  if (args.L <= 0 || args.S <= 0) return;
+  if (is_short(args)) return short_positions(args, threads);
+  const int64_t blocks = ceil_div(args.D, kPositions);
+  const int64_t rows = args.L + args.T + (args.teacher.data ? 1 : 0);
+  const int64_t elements = args.B * args.D * (rows * args.S + args.L * args.K);
+  parallel(args.B * blocks, threads, elements, Forward(args, nullptr).arena.used(), [&](int64_t task, void* memory) {
+    Forward forward(args, memory);
+    const int64_t b = task / blocks, first = task % blocks * kPositions, Kp = forward.tokens.Kp;
+    const int64_t end = first + kPositions < args.D ? first + kPositions : args.D;
+    for (int64_t i = 0; i < (args.L + 1) * Kp; ++i) forward.total[i] = 0;
+    for (int64_t d = first; d < end; ++d) forward.position(b, d, weight_at(args.weight, b * args.D + d));
+    for (int64_t l = 0; l <= args.L; ++l)
+      for (int64_t k = 0; k < args.K; ++k)
+        args.work[(task * (args.L + 1) + l) * args.K + k] = forward.total[l * Kp + k];
+  });
+}
+
+}  // namespace di4c::cpu::DI4C_ISA
