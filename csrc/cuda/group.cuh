@@ -38,6 +38,17 @@ __device__ __forceinline__ uint64_t warp_prefix(uint64_t v, int lane) {
   return v;
 }
 
+// Shared memory of a CTA. The host's emulator gives every CTA its own, that several may run interleaved.
+#if defined(SIMT_SHARED)
+#define DI4C_SHARED(type, name) SIMT_SHARED(type, name)
+#define DI4C_DYNAMIC_SHARED(type, name) SIMT_DYNAMIC_SHARED(type, name)
+#else
+#define DI4C_SHARED(type, name) __shared__ type name
+#define DI4C_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+using Scratch = float[kWarp];
+
 // One group. `scratch` is kWarp floats of shared memory, used only where the group is the whole CTA.
 // All threads of a group must call its functions together.
 struct Group {

@@ -8,12 +8,14 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "di4c/api.h"
+#include "di4c/logistic.h"
 
 namespace di4c::cuda {
 
-constexpr int kVector = 8;
+constexpr int kVector = 8, kHalf = 4;
 
 template <int kDType>
 struct Element;
@@ -67,24 +69,26 @@ struct Row {
 
   const T* data;
 
-  __device__ __forceinline__ Row(const Logits& x, int64_t offset) : data(static_cast<const T*>(x.data) + offset) {}
+  __device__ __forceinline__ explicit Row(const void* row) : data(static_cast<const T*>(row)) {}
 
   __device__ __forceinline__ Row(const Logits& x, int64_t b, int64_t l, int64_t d)
-      : Row(x, row_offset(x, b, l, d)) {}
+      : data(static_cast<const T*>(x.data) + row_offset(x, b, l, d)) {}
 
   __device__ __forceinline__ float operator[](int64_t s) const { return Element<kDType>::widen(data[s]); }
 
   __device__ __forceinline__ int64_t head(int64_t S) const { return classes_before_boundary(data, S); }
 
-  // kN classes from s on: a whole vector, or one class.
+  // kN classes from s on: a whole vector, half of one, or one class.
   template <int kN>
   __device__ __forceinline__ void load(int64_t s, float (&x)[kN]) const {
-    static_assert(kN == 1 || kN == kVector, "a row is read by classes or by vectors");
-    if (kN == kVector && on_vector_boundary(data + s)) {
-      uint4 words[kWords];
+    static_assert(kN == 1 || kN == kHalf || kN == kVector, "a row is read by classes or by vectors");
+    using Word = std::conditional_t<kN * sizeof(T) % 16 == 0, uint4, uint64_t>;
+    if (kN > 1 && (reinterpret_cast<uintptr_t>(data + s) & (sizeof(Word) - 1)) == 0) {
+      constexpr int kCount = kN * sizeof(T) < sizeof(Word) ? 1 : kN * sizeof(T) / sizeof(Word);
+      Word words[kCount];
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(data + s)[i];
-      T values[kVector];
+      for (int i = 0; i < kCount; ++i) words[i] = reinterpret_cast<const Word*>(data + s)[i];
+      T values[kN];
       memcpy(values, words, sizeof values);
 #pragma unroll
       for (int i = 0; i < kN; ++i) x[i] = Element<kDType>::widen(values[i]);
@@ -95,14 +99,46 @@ struct Row {
   }
 };
 
-// A row whose dtype is known only when run: for targets, whose dtype need not be the logits', and for reading
-// single classes. The branch is the same for every thread.
-struct AnyRow {
-  const Logits& x;
-  int64_t offset;
+// A logistic row: its two floats are read once, its S logits computed where they are asked for.
+template <>
+struct Row<kLogistic> {
+  LogisticRow numbers;
 
-  __device__ __forceinline__ AnyRow(const Logits& logits, int64_t b, int64_t l, int64_t d)
-      : x(logits), offset(row_offset(logits, b, l, d)) {}
+  __device__ __forceinline__ Row(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {
+    const float* data = static_cast<const float*>(x.data) + row_offset(x, b, l, d);
+    numbers = logistic_row(data[0], data[1], S);
+  }
+
+  __device__ __forceinline__ float operator[](int64_t s) const { return logistic_logit(numbers, s); }
+
+  __device__ __forceinline__ int64_t head(int64_t) const { return 0; }
+
+  template <int kN>
+  __device__ __forceinline__ void load(int64_t s, float (&x)[kN]) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) x[i] = logistic_logit(numbers, s + i);
+  }
+};
+
+// Row (b, l, d) of S logits, however they lie.
+template <int kDType>
+__device__ __forceinline__ Row<kDType> row_at(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {
+  if constexpr (kDType == kLogistic) {
+    return Row<kDType>(x, S, b, l, d);
+  } else {
+    return Row<kDType>(x, b, l, d);
+  }
+}
+
+// A row in memory whose dtype is known only when run: for targets, whose dtype need not be the logits'. The branch is
+// the same for every thread.
+struct AnyRow {
+  const void* data;
+  DType dtype;
+
+  __device__ __forceinline__ AnyRow(const Logits& x, int64_t b, int64_t l, int64_t d)
+      : data(static_cast<const char*>(x.data) + row_offset(x, b, l, d) * (x.dtype == kFloat32 ? 4 : 2)),
+        dtype(x.dtype) {}
 
   __device__ __forceinline__ float operator[](int64_t s) const {
     float v[1];
@@ -110,13 +146,19 @@ struct AnyRow {
     return v[0];
   }
 
+  // f(the row as one of its dtype): one branch for much work.
+  template <class F>
+  __device__ __forceinline__ void typed(F f) const {
+    switch (dtype) {
+      case kFloat32: return f(Row<kFloat32>(data));
+      case kBFloat16: return f(Row<kBFloat16>(data));
+      default: return f(Row<kFloat16>(data));
+    }
+  }
+
   template <int kN>
   __device__ __forceinline__ void load(int64_t s, float (&v)[kN]) const {
-    switch (x.dtype) {
-      case kFloat32: return Row<kFloat32>(x, offset).load(s, v);
-      case kBFloat16: return Row<kBFloat16>(x, offset).load(s, v);
-      case kFloat16: return Row<kFloat16>(x, offset).load(s, v);
-    }
+    typed([&](const auto& row) { row.load(s, v); });
   }
 };
 

@@ -1,6 +1,7 @@
-#include "common.cuh"
-
 #include "launch.cuh"
+
+#include <map>
+#include <mutex>
 
 #define DI4C_TEXT_OF(...) #__VA_ARGS__
 #define DI4C_TEXT(...) DI4C_TEXT_OF(__VA_ARGS__)
@@ -24,6 +25,40 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
+namespace {
+
+std::mutex once;
+
+int current_index() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
+}  // namespace
+
+Device current_device() {
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(once);
+  const int index = current_index();
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  Device device = {};
+  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+  cudaDeviceGetAttribute(&device.shared_of_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  cudaDeviceGetAttribute(&device.shared_of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  return known[index] = device;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(once);
+  size_t& most = allowed[{kernel, current_index()}];
+  if (bytes <= most) return;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) == cudaSuccess)
+    most = bytes;  // else the launch fails, and says with what shape
+}
+
 void throw_launch_error(const Work& work, cudaError_t error) {
   std::string text = std::string("di4c: kernel ") + work.kernel + " on (B, L, D, S) = (" + std::to_string(work.B) +
                      ", " + std::to_string(work.L) + ", " + std::to_string(work.D) + ", " + std::to_string(work.S) +
@@ -38,23 +73,6 @@ void throw_launch_error(const Work& work, cudaError_t error) {
             std::to_string(major * 10 + minor);
   }
   throw std::runtime_error(text);
-}
-
-void launch_lse(const Work& work, const Logits& x, const float* weight, float* lse, void* stream) {
-  const int64_t rows = work.B * work.L * work.D;
-  if (rows == 0) return;
-  const dim3 block = row_block(work.S), grid = grid_for(rows, block.y);
-  with_dtype(x.dtype, [&](auto dtype) {
-    launch(work, lse_kernel<decltype(dtype)::value>, grid, block, stream, x, weight, lse, work.B, work.L, work.D,
-           work.S);
-  });
-}
-
-void launch_weighted_sum(const Work& work, const float* row, const float* weight, float* out, void* stream) {
-  const int64_t N = work.B * work.L;
-  if (N == 0) return;
-  const dim3 block(kWarp, 4);
-  launch(work, weighted_sum_kernel, grid_for(N, block.y), block, stream, row, weight, out, N, work.L, work.D);
 }
 
 }  // namespace di4c::cuda
