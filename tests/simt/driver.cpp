@@ -8,6 +8,7 @@
 
 #include "broken.h"
 #include "di4c/api.h"
+#include "launch.cuh"
 #include "request.h"
 
 namespace {
@@ -27,6 +28,14 @@ void shape(const Request& r, Args& a) {
   a.weight = r.get<const float>("weight");
 }
 
+template <class Args>
+void mixture(const Request& r, Args& a) {
+  shape(r, a);
+  a.teacher = logits(r, "teacher"), a.target = logits(r, "target");
+  a.K = r.integer("K"), a.T = r.integer("T");
+  a.tokens = r.get<int64_t>("tokens"), a.inside = r.get<uint8_t>("inside");
+}
+
 void run(const Request& r, int device) {
   const std::string op = r.string("op");
   if (op == "random_bits") {
@@ -39,42 +48,48 @@ void run(const Request& r, int device) {
     a.keys = r.get<int64_t>("keys"), a.x_t = r.get<int64_t>("x_t"), a.unmask_prob = r.get<double>("unmask_prob");
     a.mask_id = r.integer("mask_id"), a.tokens = r.get<int64_t>("tokens"), a.log_prob = r.get<float>("log_prob");
     a.B = r.integer("B"), a.D = r.integer("D"), a.S = r.integer("S"), a.draws = r.integer("draws");
+    a.first = r.integer("first", 0), a.split = r.get<uint32_t>("split");
     a.stream = static_cast<uint32_t>(r.number("stream")), a.temperature = static_cast<float>(r.number("temperature"));
     cuda::sample(a, device, nullptr);
-  } else if (op == "mixture_log_prob") {
-    MixtureLogProbArgs a{};
-    shape(r, a);
-    a.K = r.integer("K"), a.tokens = r.get<int64_t>("tokens"), a.joint = r.get<float>("joint");
-    a.correlation = r.get<float>("correlation"), a.lse = r.get<float>("lse"), a.share = r.get<float>("share");
-    a.work = r.get<double>("work");
-    cuda::mixture_log_prob(a, device, nullptr);
-  } else if (op == "mixture_log_prob_backward") {
-    MixtureLogProbBackwardArgs a{};
-    shape(r, a);
-    a.K = r.integer("K"), a.tokens = r.get<int64_t>("tokens"), a.lse = r.get<float>("lse");
-    a.share = r.get<float>("share"), a.grad_joint = r.get<float>("grad_joint");
-    a.grad_correlation = r.get<float>("grad_correlation"), a.grad = r.get<void>("grad");
-    cuda::mixture_log_prob_backward(a, device, nullptr);
-  } else if (op == "mixture_kl") {
-    MixtureKlArgs a{};
-    shape(r, a);
-    a.T = r.integer("T"), a.target = logits(r, "target"), a.kl = r.get<float>("kl");
-    a.lse_target = r.get<float>("lse_target"), a.lse = r.get<float>("lse"), a.pull = r.get<float>("pull");
-    a.row = r.get<float>("row");
-    cuda::mixture_kl(a, device, nullptr);
-  } else if (op == "mixture_kl_backward") {
-    MixtureKlBackwardArgs a{};
-    shape(r, a);
-    a.T = r.integer("T"), a.target = logits(r, "target"), a.lse_target = r.get<float>("lse_target");
-    a.lse = r.get<float>("lse"), a.pull = r.get<float>("pull"), a.grad_kl = r.get<float>("grad_kl");
-    a.grad = r.get<void>("grad");
-    cuda::mixture_kl_backward(a, device, nullptr);
+  } else if (op == "sample_product") {
+    ProductArgs a{};
+    a.left = r.get<double>("left"), a.right = r.get<double>("right"), a.base = r.get<double>("base");
+    a.i = r.get<int64_t>("i"), a.j = r.get<int64_t>("j"), a.keys = r.get<int64_t>("keys");
+    a.tokens = r.get<int64_t>("tokens"), a.stream = static_cast<uint32_t>(r.number("stream"));
+    a.B = r.integer("B"), a.D = r.integer("D"), a.S = r.integer("S"), a.N = r.integer("N");
+    a.draws = r.integer("draws");
+    cuda::sample_product(a, device, nullptr);
+  } else if (op == "mixture") {
+    MixtureArgs a{};
+    mixture(r, a);
+    a.joint = r.get<float>("joint"), a.correlation = r.get<float>("correlation"), a.parts = r.get<float>("parts");
+    a.lse = r.get<float>("lse"), a.lse_teacher = r.get<float>("lse_teacher");
+    a.lse_target = r.get<float>("lse_target"), a.share = r.get<float>("share"), a.pull = r.get<float>("pull");
+    a.work = r.get<double>("work"), a.row = r.get<float>("row"), a.information = r.integer("information");
+    cuda::mixture_positions(a, device, nullptr);
+    a.logits.data = a.teacher.data = a.target.data = nullptr;  // whoever finishes has sums of positions alone
+    a.tokens = nullptr, a.inside = nullptr, a.T = 0;
+    a.lse = a.lse_teacher = a.lse_target = a.pull = nullptr;
+    cuda::mixture_finish(a, device, nullptr);
+  } else if (op == "mixture_backward") {
+    MixtureBackwardArgs a{};
+    mixture(r, a);
+    a.lse = r.get<float>("lse"), a.lse_teacher = r.get<float>("lse_teacher");
+    a.lse_target = r.get<float>("lse_target"), a.share = r.get<float>("share"), a.pull = r.get<float>("pull");
+    a.grad_joint = r.get<float>("grad_joint"), a.grad_correlation = r.get<float>("grad_correlation");
+    a.grad_parts = r.get<float>("grad_parts"), a.grad = r.get<void>("grad");
+    if (r.integer("in_place", 0)) {  // the gradient takes the place of the logits, which lie dense
+      const int64_t bytes = a.B * a.L * a.D * cuda::row_bytes(a.logits.dtype, a.S);
+      memcpy(a.grad, a.logits.data, static_cast<size_t>(bytes));
+      a.logits.data = a.grad;
+    }
+    cuda::mixture_backward(a, device, nullptr);
   } else if (op == "row_loss") {
     RowLossArgs a{};
     shape(r, a);
     a.kind = static_cast<RowLoss>(r.integer("kind")), a.target = logits(r, "target");
     a.tokens = r.get<int64_t>("tokens"), a.loss = r.get<float>("loss"), a.stats = r.get<float>("stats");
-    a.row = r.get<float>("row");
+    a.row = r.get<float>("row"), a.split = r.get<uint32_t>("split");
     cuda::row_loss(a, device, nullptr);
   } else if (op == "row_loss_backward") {
     RowLossBackwardArgs a{};
@@ -94,6 +109,13 @@ void answer(const char* request_path, const char* reply_path) {
   const int64_t count = r.integer("order_count");
   simt::wanted_device = static_cast<int>(r.integer("device"));
   simt::next_launch = static_cast<cudaError_t>(r.integer("launch_error"));
+  simt::capability = static_cast<int>(r.integer("capability"));
+  if (r.integer("plan", 0)) {
+    simt::plan = fopen(reply_path, "w");
+    run(r, simt::wanted_device);
+    fclose(simt::plan);
+    return;
+  }
   std::vector<std::string> first;
   for (int64_t n = 0; n < count; ++n) {
     for (const Array& a : r.arrays())

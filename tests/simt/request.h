@@ -44,6 +44,9 @@ class Request {
     return found->second;
   }
   int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+  int64_t integer(const std::string& name, int64_t otherwise) const {
+    return numbers_.count(name) ? integer(name) : otherwise;
+  }
   std::string string(const std::string& name) const { return strings_.at(name); }
 
   // The array of that name; null where the request has none.

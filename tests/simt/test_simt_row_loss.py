@@ -29,6 +29,7 @@ def loss(
     *,
     pad: int = 0,
     offset: int = 0,
+    way: str = "turns",
     orders: Sequence[int] = emulate.ORDERS,
 ) -> tuple[Tensor, Tensor]:
     """The kernels' loss (B, L) and gradient. `target`: logits (B, D, S), or tokens (B, D) for cross entropy."""
@@ -40,8 +41,10 @@ def loss(
         "tokens": target if to_tokens else None,
         "logits": emulate.lay_out(logits, pad, offset),
         "weight": weight,
+        "split": emulate.workspace(way, batch * latents * length, 32),
         **{"B": batch, "L": latents, "D": length, "S": states},
     }
+    capability = emulate.WAYS[way][0]
     forward = emulate.run(
         "row_loss",
         inputs,
@@ -51,6 +54,7 @@ def loss(
             "row": ((batch, latents, length), torch.float32),
         },
         orders=orders,
+        capability=capability,
     )
     stats = forward["stats"]
     check_planes(stats[:2], logits, weight)
@@ -63,6 +67,7 @@ def loss(
         {**inputs, "stats": stats, "grad_loss": gradient_weights(batch, latents)},
         {"grad": (logits.shape, logits.dtype)},
         orders=orders,
+        capability=capability,
     )
     return forward["loss"], backward["grad"]
 
@@ -116,10 +121,46 @@ def test_every_kind(kind: str, states: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_states(kind: str) -> None:
-    for dtype in DTYPES[KINDS[kind] % 2 :: 2]:
-        logits = random_logits(1, 2, 1, LONG, dtype=dtype)
-        pad, offset = layout_of(LONG, dtype)
-        check_loss(kind, target_for(kind, 1, 1, LONG, dtype), logits, None, pad=pad, offset=offset, orders=(1,))
+    """Of a row that one CTA takes, or several: to the bit the same."""
+    dtype, states = DTYPES[KINDS[kind] % 3], 65537 if kind == "reverse_kl" else LONG
+    logits = random_logits(1, 2, 1, states, dtype=dtype)
+    target = target_for(kind, 1, 1, states, dtype if kind != "js" else torch.float32)
+    pad, offset = layout_of(states, dtype)
+    results = [
+        check_loss(kind, target, logits, None, pad=pad, offset=offset, way=way, orders=(1,)) for way in emulate.WAYS
+    ]
+    for value, grad in results[1:]:
+        assert torch.equal(value, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "cross_entropy"])
+@pytest.mark.parametrize("way", ["cluster", "ticket"])
+def test_rows_shared_by_ctas(kind: str, way: str) -> None:
+    """More rows than teams of CTAs, some of weight 0, one of them bad."""
+    logits = random_logits(1, 2, 6, 16385, dtype=torch.bfloat16)
+    target = target_for(kind, 1, 6, 16385, torch.bfloat16)
+    weight = random_weight(1, 6)
+    check_loss(kind, target, logits, weight, pad=1, way=way)
+    logits[0, 1, 0, 16384] = torch.nan
+    value, _ = loss(kind, target, logits, weight, way=way, orders=(2,))
+    assert value.isnan().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_what_shared_memory_keeps_of_a_row_is_what_was_read(capability: int) -> None:
+    """Devices keep as much of a row between its sweeps as they have room for; no bit depends on it."""
+    logits = random_logits(1, 1, 1, 16384, dtype=torch.float32)
+    inputs = {
+        "kind": KINDS["js"],
+        "target": emulate.lay_out(target_for("js", 1, 1, 16384, torch.float32)[:, None]),
+        "logits": emulate.lay_out(logits),
+        **{"B": 1, "L": 1, "D": 1, "S": 16384},
+    }
+    shapes = {"loss": (1, 1), "stats": (5, 1, 1, 1), "row": (1, 1, 1)}
+    outputs = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    plain = emulate.run("row_loss", inputs, outputs, orders=(0,), capability=75)
+    got = emulate.run("row_loss", inputs, outputs, orders=(1,), capability=capability)
+    assert all(torch.equal(got[name], plain[name]) for name in outputs)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js"])

@@ -29,14 +29,17 @@ def sample(
     x_t: Tensor | None = None,
     unmask_prob: Tensor | None = None,
     mask_id: int = -1,
+    first: int = 0,
+    way: str = "turns",
+    layout: emulate.Layout | None = None,
     orders: tuple[int, ...] = emulate.ORDERS,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's tokens and log-probabilities for logits (B, D, S)."""
+    """The kernel's tokens and log-probabilities for logits (B, D, S), or for others laid out already."""
     batch, length, states = logits.shape
     result = emulate.run(
         "sample",
         {
-            "logits": emulate.lay_out(logits[:, None], pad, offset),
+            "logits": layout or emulate.lay_out(logits[:, None], pad, offset),
             "keys": keys_for(batch),
             "x_t": x_t,
             "unmask_prob": unmask_prob,
@@ -44,10 +47,13 @@ def sample(
             "stream": STREAM,
             "temperature": temperature,
             "draws": draws,
+            "first": first,
+            "split": emulate.workspace(way, batch * length, 2 * -(-states // 1024)),
             **{"B": batch, "D": length, "S": states},
         },
         {"tokens": ((batch, draws, length), torch.int64), "log_prob": ((batch, draws, length), torch.float32)},
         orders=orders,
+        capability=emulate.WAYS[way][0],
     )
     return result["tokens"], result["log_prob"]
 
@@ -95,15 +101,60 @@ def test_tokens_are_the_cpus(states: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_chunks(dtype: torch.dtype) -> None:
+    """Of a row that one CTA takes, or several: to the bit the same."""
     logits = random_logits(1, 3, LONG, dtype=dtype)
     pad, offset = layout_of(LONG, dtype)
-    assert_same(sample(logits, pad=pad, offset=offset, draws=5, orders=(0, 1)), expected(logits, draws=5))
+    wanted = expected(logits, draws=5)
+    results = [sample(logits, pad=pad, offset=offset, draws=5, way=way, orders=(0, 1)) for way in emulate.WAYS]
+    for got in results:
+        assert_same(got, wanted)
+        assert torch.equal(got[1], results[0][1])
 
 
-def test_most_states() -> None:
-    """S = 2^18, the most there may be: 256 chunks."""
+@pytest.mark.parametrize("way", emulate.WAYS)
+def test_most_states(way: str) -> None:
+    """S = 2^18, the most there may be: 256 chunks, 8 CTAs to a row."""
     logits = random_logits(1, 1, 1 << 18, dtype=torch.bfloat16)
-    assert_same(sample(logits, draws=9, orders=(5,)), expected(logits, draws=9))
+    assert_same(sample(logits, draws=9, orders=(5,), way=way), expected(logits, draws=9))
+
+
+@pytest.mark.parametrize("way", ["cluster", "ticket"])
+def test_rows_shared_by_ctas(way: str) -> None:
+    """More rows than teams of CTAs; bad rows, sure rows and rows that nobody wants among them."""
+    states, mask_id = 16385, 16390
+    logits = random_logits(4, 8, states, dtype=torch.float16)
+    logits[0, 1, 16384], logits[1, 2], logits[2, 3, 9000] = torch.nan, -torch.inf, torch.inf
+    assert_same(sample(logits, way=way), expected(logits))
+    x_t = torch.full((4, 8), mask_id)
+    x_t[:, ::3] = 1
+    unmask_prob = torch.tensor([0.5, 0.0, 1.0, 0.3], dtype=torch.float64)
+    options = {"x_t": x_t, "unmask_prob": unmask_prob, "mask_id": mask_id, "draws": 2}
+    assert_same(sample(logits, way=way, **options), expected(logits, **options))
+
+
+@pytest.mark.parametrize("states", [40, 600, 3000])
+def test_a_piece_of_the_positions(states: int) -> None:
+    """Positions 5 to 9 alone draw what they draw among the others."""
+    logits = random_logits(2, 9, states, dtype=torch.float32)
+    whole = sample(logits, draws=2)
+    piece = sample(logits[:, 5:], draws=2, first=5)
+    assert torch.equal(piece[0], whole[0][..., 5:]) and torch.equal(piece[1], whole[1][..., 5:])
+
+
+@pytest.mark.parametrize("states", [3, 256, 300, 1500, 2100])
+def test_logistic_rows(states: int) -> None:
+    """Logits that are computed from two floats: the tokens of those logits."""
+    generator = torch.Generator().manual_seed(states)
+    numbers = torch.stack(
+        [torch.randn(2, 1, 5, generator=generator), torch.randn(2, 1, 5, generator=generator) - 2], -1
+    )
+    numbers[1, 0, 3, 0] = torch.nan
+    logits = ops.Logistic(numbers[:, 0, :, 0], numbers[:, 0, :, 1], states).logits()
+    layout = emulate.Layout(emulate.to_bytes(numbers), emulate.LOGISTIC, (10, 10, 2), 0)
+    tokens, log_prob = sample(logits, draws=4, layout=layout)
+    wanted = expected(logits, draws=4)
+    assert tokens.tolist() == wanted[0].tolist()
+    torch.testing.assert_close(log_prob, wanted[1], rtol=2e-5, atol=2e-5, equal_nan=True)  # logits to a few ulp
 
 
 def test_too_many_states() -> None:
