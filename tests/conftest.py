@@ -13,6 +13,8 @@ from di4c_ext.ops import native
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "neon")
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -33,9 +35,18 @@ def _use(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         pytest.skip("no GPU")
     if name == "cuda" and not native.info().get("cuda", False):
         pytest.skip(f"built without CUDA kernels: {native.info().get('cuda_reason')}")
+    kind = "cpu" if name in INSTRUCTION_SETS else name
     # An installation without its extension fails here: skipping would call it tested.
-    assert native.available(name), native.info()
-    return Backend(name, torch.device(name), True)
+    assert native.available(kind), native.info()
+    if name in INSTRUCTION_SETS:
+        if name not in native.info()["isa_built"]:
+            pytest.skip(f"{name} is not built")
+        monkeypatch.setenv("DI4C_ISA", name)
+        try:
+            assert native.info()["isa_active"] == name
+        except ValueError:
+            pytest.skip(f"this processor has no {name}")
+    return Backend(name, torch.device(kind), True)
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda"])
@@ -47,6 +58,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(params=["cpu", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each set of compiled kernels, in turn."""
+    return _use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS, "cuda"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each way an op can be served, the CPU's instruction sets apart, in turn."""
     return _use(request.param, monkeypatch)
 
 

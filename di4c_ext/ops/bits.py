@@ -25,6 +25,8 @@ def random_bits(keys: Tensor, n: int, *, stream_word: int) -> Tensor:
         raise TypeError(f"{op}: keys must be an int64 tensor (B,), got {type(keys).__name__}")
     checks.indices(op, "keys", keys, (keys.numel(),), "(B,)", keys)
     checks.count(op, "n", n)
+    if isinstance(stream_word, bool) or not isinstance(stream_word, int):
+        raise TypeError(f"{op}: stream_word must be an integer in [0, 2^32), got {stream_word!r}")
     if not 0 <= stream_word < 1 << 32:
         raise ValueError(f"{op}: stream_word must lie in [0, 2^32), got {stream_word!r}")
     return torch.ops.di4c.random_bits(keys, n, stream_word)

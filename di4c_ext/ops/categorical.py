@@ -10,29 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from di4c_ext.ops import checks, native, reference
-from di4c_ext.ops.library import register
+import di4c_ext.ops.categorical_op  # noqa: F401  (registers di4c::sample)
+from di4c_ext.ops import checks
+from di4c_ext.ops.hidden import sample_categorical_from_hidden
+from di4c_ext.ops.logits import Hidden, Logistic, Logits, checked, packed
 
 
 def sample_categorical(
-    logits: Tensor,
+    logits: Logits,
     keys: Tensor,
     *,
     draws: int | None = None,
     stream: int = 0,
     temperature: float = 1.0,
     return_log_prob: bool = False,
+    first_position: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Tokens drawn from softmax(logits / temperature), row by row, in one read of the logits.
 
     Args:
         logits: (B, ..., S), float32, bfloat16, float16 or float64, 1 <= S <= 2^18. A row's position is its flat
-            index within the sample.
+            index within the sample. Or a Logistic or Hidden of (B, [L,] D, S), whose logits are never held whole.
         keys: (B,) int64, one per sample (`di4c_ext.random.keys`).
         draws: None for one draw per row, or n >= 0 draws per row.
         stream: number in [0, 2^31 - 1) that tells apart the uses of one key.
         temperature: >= 0; 0 takes the largest logit, the smallest index on ties, with log-probability 0.
         return_log_prob: also return the log-probability of each token drawn.
+        first_position: >= 0, the position of the first row: a piece of a sample draws what the whole would there.
 
     Returns:
         tokens int64, (B, ...) or (B, n, ...) where draws = n; with return_log_prob (tokens, log_prob), log_prob
@@ -44,16 +48,40 @@ def sample_categorical(
         TypeError, ValueError: naming the argument, what came and what is expected.
     """
     op = "sample_categorical"
-    x = checks.logits(op, "logits", logits, tuple(range(2, 65)), "(B, ..., S)").detach()
-    batch, middle = x.shape[0], x.shape[1:-1]
-    checks.indices(op, "keys", keys, (batch,), "(B,)", x)
-    checks.count(op, "draws", draws)
+    if isinstance(logits, Hidden):
+        return sample_categorical_from_hidden(
+            logits,
+            keys,
+            draws=draws,
+            stream=stream,
+            temperature=temperature,
+            return_log_prob=return_log_prob,
+            first_position=first_position,
+        )
+    number = checks.draws(op, draws)
+    checks.count(op, "first_position", first_position)
     checks.stream(op, stream)
     checks.temperature(op, temperature)
+    if isinstance(logits, Logistic):
+        x, num_states = packed(checked(op, "logits", logits, (2, 3), "(B, D) or (B, L, D)")), logits.num_states
+    else:
+        x, num_states = checks.logits(op, "logits", logits, tuple(range(2, 65)), "(B, ..., S)"), None
+    batch, middle = x.shape[0], x.shape[1:-1]
+    checks.indices(op, "keys", keys, (batch,), "(B,)", x)
     # Not -1: it is ambiguous where the batch is empty.
     flat = x.unsqueeze(1) if x.dim() == 2 else x.reshape(batch, _product(middle), x.shape[-1])
     tokens, log_prob = torch.ops.di4c.sample(
-        flat, keys, None, None, -1, 1 if draws is None else draws, stream, float(temperature), return_log_prob
+        flat.detach(),
+        keys,
+        None,
+        None,
+        -1,
+        number,
+        stream,
+        float(temperature),
+        return_log_prob,
+        first_position,
+        num_states,
     )
     out = (batch, *middle) if draws is None else (batch, draws, *middle)
     return (tokens.view(out), log_prob.view(out)) if return_log_prob else tokens.view(out)
@@ -99,12 +127,12 @@ def absorbing_step(
     checks.indices(op, "x_t", x_t, (batch, length), "(B, D)", x)
     checks.indices(op, "keys", keys, (batch,), "(B,)", x)
     checks.count(op, "mask_id", mask_id)
-    checks.count(op, "draws", draws)
+    number = checks.draws(op, draws)
     checks.stream(op, stream)
     checks.temperature(op, temperature)
     coins = _probabilities(op, unmask_prob, x)
     tokens, log_prob = torch.ops.di4c.sample(
-        x, keys, x_t, coins, mask_id, 1 if draws is None else draws, stream, float(temperature), return_log_prob
+        x, keys, x_t, coins, mask_id, number, stream, float(temperature), return_log_prob
     )
     if draws is None:
         tokens, log_prob = tokens.view(batch, length), log_prob.view(batch, length) if return_log_prob else log_prob
@@ -120,6 +148,8 @@ def _product(sizes: torch.Size) -> int:
 
 def _probabilities(op: str, value: float | Tensor, x: Tensor) -> Tensor:
     """unmask_prob as (B,) float64 on the logits' device."""
+    if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
+        raise TypeError(f"{op}: unmask_prob must be a number in [0, 1] or a tensor (B,) of them, got {value!r}")
     if not isinstance(value, Tensor):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{op}: unmask_prob must lie in [0, 1], got {value!r}")
@@ -131,68 +161,3 @@ def _probabilities(op: str, value: float | Tensor, x: Tensor) -> Tensor:
         )
     checks.same_device(op, "unmask_prob", value, x)
     return value.detach().to(torch.float64).contiguous()
-
-
-def _sample(
-    logits: Tensor,
-    keys: Tensor,
-    x_t: Tensor | None,
-    unmask_prob: Tensor | None,
-    mask_id: int,
-    draws: int,
-    stream: int,
-    temperature: float,
-    with_log_prob: bool,
-) -> tuple[Tensor, Tensor]:
-    if unmask_prob is not None and unmask_prob.device.type == "cpu":
-        outside = ~((unmask_prob >= 0) & (unmask_prob <= 1))
-        if bool(outside.any()):
-            worst = unmask_prob[outside][0].item()
-            raise ValueError(f"absorbing_step: unmask_prob must lie in [0, 1] everywhere, got {worst}")
-    run = native.kernels(logits)
-    if run is None:
-        tokens, log_prob = reference.sample(logits, keys, x_t, unmask_prob, mask_id, draws, stream, temperature)
-        return tokens, log_prob if with_log_prob else log_prob.new_empty(0)
-    tokens, log_prob = _sample_fake(logits, keys, x_t, unmask_prob, mask_id, draws, stream, temperature, with_log_prob)
-    x = native.rows(logits)
-    run(
-        "sample",
-        **native.describe("logits", x),
-        keys=native.dense(keys),
-        x_t=native.dense(x_t),
-        unmask_prob=native.dense(unmask_prob),
-        mask_id=mask_id,
-        tokens=tokens,
-        log_prob=log_prob if with_log_prob else None,
-        B=x.shape[0],
-        D=x.shape[1],
-        S=x.shape[2],
-        draws=draws,
-        stream=stream,
-        temperature=temperature,
-    )
-    return tokens, log_prob
-
-
-def _sample_fake(
-    logits: Tensor,
-    keys: Tensor,
-    x_t: Tensor | None,
-    unmask_prob: Tensor | None,
-    mask_id: int,
-    draws: int,
-    stream: int,
-    temperature: float,
-    with_log_prob: bool,
-) -> tuple[Tensor, Tensor]:
-    out = (logits.shape[0], draws, logits.shape[1])
-    log_prob = logits.new_empty(out if with_log_prob else (0,), dtype=torch.float32)
-    return logits.new_empty(out, dtype=torch.int64), log_prob
-
-
-register(
-    "sample(Tensor logits, Tensor keys, Tensor? x_t, Tensor? unmask_prob, int mask_id, SymInt draws, int stream, "
-    "float temperature, bool with_log_prob) -> (Tensor, Tensor)",
-    _sample,
-    _sample_fake,
-)

@@ -21,11 +21,14 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"di4c::{name}", fake, lib=LIBRARY)
 
 
-def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """`backward(ctx, *grad_outputs)` as the gradient of di4c::name, and an error as the gradient of that gradient."""
+def register_gradient(
+    name: str, definition: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """`backward(ctx, *grad_outputs)` as the gradient of di4c::name, and an error as the gradient of that gradient,
+    which points to the definition in ops.reference."""
     torch.library.register_autograd(f"di4c::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(
-        f"di4c::{name}_backward", _no_double_backward(name), setup_context=_keep_nothing, lib=LIBRARY
+        f"di4c::{name}_backward", _no_double_backward(name, definition), setup_context=_keep_nothing, lib=LIBRARY
     )
 
 
@@ -33,11 +36,11 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _no_double_backward(name: str) -> Callable[..., Any]:
+def _no_double_backward(name: str, definition: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             f"di4c::{name}: the gradient of its gradient is not provided; "
-            f"use the differentiable definition di4c_ext.ops.reference.{name} for second derivatives"
+            f"use the differentiable definition di4c_ext.ops.reference.{definition} for second derivatives"
         )
 
     return backward

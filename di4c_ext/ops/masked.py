@@ -117,6 +117,7 @@ def _row_loss(
         loss=loss,
         stats=stats,
         row=logits.new_empty((B, L, D), dtype=torch.float32),
+        **native.split_workspace(x, B * L * D, S, 32),
         B=B,
         L=L,
         D=D,
@@ -192,4 +193,4 @@ def _gradient(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     return None, None, None, grad, None
 
 
-register_gradient("row_loss", _gradient, _keep)
+register_gradient("row_loss", "row_loss", _gradient, _keep)

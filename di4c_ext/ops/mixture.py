@@ -1,22 +1,23 @@
-"""Log-probabilities of sequences under a mixture of L products, and the divergence from the mixture's marginals.
+"""What a mixture of L products says: of whole sequences, against its teacher and target, and all of it at once.
 
-One read of the logits forward, one read and one write backward; kept between the two are the logits themselves and
-tensors of the size of rows (B, L, D), never anything of the logits' size. Equations, and what the planes of a kept
-log-sum-exp hold, in ops/reference/mixture.py.
+Each reads the logits once forward, reads and writes them once backward, and keeps nothing of their size; each takes
+logits, teacher and target in any of the three forms of ops/logits.py. The operator is in ops/mixture_op.py, the
+definitions in ops/reference. Logits as Hidden are made and forgotten piece by piece (ops/hidden.py). Logistic logits
+are never made where all three arguments are Logistic; beside a tensor they are turned into one.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from di4c_ext.ops import checks, native, reference
-from di4c_ext.ops.library import register, register_gradient
+from di4c_ext.ops import checks, hidden, mixture_op, operands
+from di4c_ext.ops.logits import Hidden, Logits
+from di4c_ext.ops.reference import MixtureObjective
+from di4c_ext.ops.reference.objective import MARGINAL_TARGET
 
 
-def mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mixture_log_prob(logits: Logits, tokens: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How probable K sequences are under a mixture of L products, and how much of it is correlation.
 
     With a = log softmax(logits)[b, l, d, tokens[b, k, d]] and LME the log of the mean of exponentials over l:
@@ -42,16 +43,17 @@ def mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None = Non
         negative weights on the CPU only. On CUDA such a token makes its value NaN.
     """
     op = "mixture_log_prob"
-    x = checks.logits(op, "logits", logits, (4,), "(B, L, D, S)")
-    checks.count(op, "L, the second dimension of logits,", x.shape[1], 1)
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-        raise ValueError(f"{op}: tokens must be an int64 tensor (B, K, D), got {_kind(tokens)}")
-    checks.indices(op, "tokens", tokens, (x.shape[0], tokens.shape[1], x.shape[2]), "(B, K, D)", x)
-    joint, correlation, _, _ = torch.ops.di4c.mixture_log_prob(x, tokens, checks.weight(op, weight, x))
+    x = operands.mixture(op, logits)
+    checks.sequences(op, "tokens", tokens, x)
+    w = checks.weight(op, weight, x)
+    if isinstance(x, Hidden):
+        return hidden.mixture_log_prob_from_hidden(x, tokens, w)
+    (rows,), states = operands.laid_out(x)
+    joint, correlation, *_ = torch.ops.di4c.mixture(rows, None, None, tokens, None, w, states, False)
     return joint, correlation
 
 
-def mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None = None) -> Tensor:
+def mixture_kl(target: Logits, logits: Logits, weight: Tensor | None = None) -> Tensor:
     """KL from a target to the mixture's marginals, summed over positions.
 
         kl[b] = sum_d w KL(tbar || pbar),  tbar = mean_t softmax target[b, t, d],  pbar = mean_l softmax logits[b, l, d]
@@ -69,217 +71,71 @@ def mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None = None) -> 
         TypeError, ValueError: naming the argument, what came and what is expected; a target that requires grad.
     """
     op = "mixture_kl"
-    x = checks.logits(op, "logits", logits, (4,), "(B, L, D, S)")
-    checks.count(op, "L, the second dimension of logits,", x.shape[1], 1)
-    y = checks.target(op, target, (3, 4), "(B, D, S) or (B, T, D, S)", x)
-    y = y.unsqueeze(1) if y.dim() == 3 else y
-    checks.count(op, "T, the second dimension of target,", y.shape[1], 1)
-    return torch.ops.di4c.mixture_kl(y, x, checks.weight(op, weight, x))[0]
+    x = operands.mixture(op, logits)
+    y = operands.target(op, target, x)
+    w = checks.weight(op, weight, x)
+    if isinstance(x, Hidden) or isinstance(y, Hidden):
+        return hidden.mixture_kl_from_hidden(y, x, w)
+    (rows, target_rows), states = operands.laid_out(x, y)
+    return torch.ops.di4c.mixture(rows, None, target_rows, None, None, w, states, False)[2][MARGINAL_TARGET]
 
 
-def _kind(value: object) -> str:
-    return f"shape {checks.shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+def mixture_objective(
+    logits: Logits,
+    *,
+    teacher: Logits,
+    data: Tensor | None = None,
+    samples: Tensor | None = None,
+    target: Logits | None = None,
+    weight: Tensor | None = None,
+    inside: Tensor | None = None,
+    information: bool = False,
+) -> MixtureObjective:
+    """Everything that one step of Di4C asks of a mixture, in one read of the logits, and one read and write backward.
 
+    With p_l = softmax of logits[b, l, d], pbar = mean_l p_l, gbar = mean_t softmax target[b, t, d]:
 
-def _mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.weight_values("mixture_log_prob", weight)
-    checks.token_values("mixture_log_prob", tokens, weight, logits.shape[-1])
-    run = native.kernels(logits)
-    if run is None:
-        return reference.mixture_log_prob_forward(logits, tokens, weight)
-    out = _mixture_log_prob_fake(logits, tokens, weight)
-    (B, L, D, S), K = logits.shape, tokens.shape[1]
-    x = native.rows(logits)
-    work = logits.new_empty((B, -(-D // native.POSITIONS), L + 1, K), dtype=torch.float64)
-    joint, correlation, lse, share = out
-    run(
-        "mixture_log_prob",
-        **native.describe("logits", x),
-        tokens=native.dense(tokens),
-        weight=native.dense(weight),
-        joint=joint,
-        correlation=correlation,
-        lse=lse,
-        share=share,
-        work=work,
-        B=B,
-        L=L,
-        D=D,
-        S=S,
-        K=K,
+        distillation     = mean_l sum_d w KL(teacher || p_l)     for samples inside
+        marginal_target  = sum_d w KL(gbar || pbar)              for samples outside
+        marginal_teacher = sum_d w KL(teacher || pbar)
+        information      = sum_d w KL(p_0 || pbar)               where asked for
+        joint, correlation of the data and of each of the K samples, as `mixture_log_prob` gives them
+
+    Args:
+        logits: (B, L, D, S), L >= 1.
+        teacher: (B, D, S), a constant, any floating dtype.
+        data: (B, D) int64, in [0, S) wherever the weight is not 0, or None.
+        samples: (B, K, D) int64, likewise, or None.
+        target: (B, D, S), or itself a mixture (B, T, D, S), or None; a constant, any floating dtype, its rows read
+            for samples outside only.
+        weight: (B, D) >= 0, or None for 1; positions of weight 0 are not read and their gradient is exactly 0.
+        inside: (B,) bool, or None for every part of every sample.
+        information: also measure how far one component (the first: they are exchangeable) is from the marginals.
+
+    Returns:
+        MixtureObjective, float32 (float64 for float64 logits), everything but information differentiable in the
+        logits; 0 for what was not asked for: where outside or inside says so, or without data, target, information.
+        Infinite and NaN values as for `mixture_log_prob` and `mixture_kl`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected; for tokens outside [0, S) and
+        negative weights on the CPU only; a teacher or a target that requires grad.
+    """
+    op = "mixture_objective"
+    x = operands.mixture(op, logits)
+    t = operands.teacher(op, teacher, x)
+    y = None if target is None else operands.target(op, target, x)
+    if data is not None:
+        checks.indices(op, "data", data, (x.shape[0], x.shape[2]), "(B, D)", x)
+    if samples is not None:
+        checks.sequences(op, "samples", samples, x)
+    w, within = checks.weight(op, weight, x), checks.inside(op, inside, x)
+    if isinstance(x, Hidden) or isinstance(t, Hidden) or isinstance(y, Hidden):
+        return hidden.mixture_objective_from_hidden(
+            x, teacher=t, data=data, samples=samples, target=y, weight=w, inside=within, information=information
+        )
+    rows, states = operands.laid_out(x, t, y)
+    joint, correlation, parts, *_ = torch.ops.di4c.mixture(
+        *rows, operands.stacked(data, samples), within, w, states, information
     )
-    return out
-
-
-def _mixture_log_prob_fake(
-    logits: Tensor, tokens: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, L, D, _), K = logits.shape, tokens.shape[1]
-    dtype = checks.sum_dtype(logits)
-    return (
-        logits.new_empty((B, K), dtype=dtype),
-        logits.new_empty((B, K), dtype=dtype),
-        logits.new_empty((2, B, L, D), dtype=dtype),
-        logits.new_empty((B, L, K), dtype=dtype),
-    )
-
-
-def _mixture_log_prob_backward(
-    grad_joint: Tensor,
-    grad_correlation: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    share: Tensor,
-) -> Tensor:
-    run = native.kernels(logits)
-    if run is None:
-        return reference.mixture_log_prob_backward(grad_joint, grad_correlation, logits, tokens, weight, lse, share)
-    (B, L, D, S), K = logits.shape, tokens.shape[1]
-    grad = logits.new_empty((B, L, D, S))
-    x = native.rows(logits)
-    run(
-        "mixture_log_prob_backward",
-        **native.describe("logits", x),
-        tokens=native.dense(tokens),
-        weight=native.dense(weight),
-        lse=native.dense(lse),
-        share=native.dense(share),
-        grad_joint=native.dense(grad_joint),
-        grad_correlation=native.dense(grad_correlation),
-        grad=grad,
-        B=B,
-        L=L,
-        D=D,
-        S=S,
-        K=K,
-    )
-    return grad
-
-
-def _mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.weight_values("mixture_kl", weight)
-    run = native.kernels(logits, target)
-    if run is None:
-        return _in_dtype_of_logits(logits, reference.mixture_kl_forward(target, logits, weight))
-    out = _mixture_kl_fake(target, logits, weight)
-    B, L, D, S = logits.shape
-    x, y = native.rows(logits), native.rows(target)
-    kl, lse_target, lse, pull = out
-    run(
-        "mixture_kl",
-        **native.describe("target", y),
-        **native.describe("logits", x),
-        weight=native.dense(weight),
-        kl=kl,
-        lse_target=lse_target,
-        lse=lse,
-        pull=pull,
-        row=logits.new_empty((B, D), dtype=torch.float32),
-        B=B,
-        T=target.shape[1],
-        L=L,
-        D=D,
-        S=S,
-    )
-    return out
-
-
-def _in_dtype_of_logits(logits: Tensor, values: tuple[Tensor, ...]) -> Any:
-    """The reference accumulates a float64 target in float64; results follow the logits all the same."""
-    dtype = checks.sum_dtype(logits)
-    return tuple(value.to(dtype) for value in values)
-
-
-def _mixture_kl_fake(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, L, D, _), T = logits.shape, target.shape[1]
-    dtype = checks.sum_dtype(logits)
-    return (
-        logits.new_empty((B,), dtype=dtype),
-        logits.new_empty((2, B, T, D), dtype=dtype),
-        logits.new_empty((2, B, L, D), dtype=dtype),
-        logits.new_empty((B, L, D), dtype=dtype),
-    )
-
-
-def _mixture_kl_backward(
-    grad_kl: Tensor,
-    target: Tensor,
-    logits: Tensor,
-    weight: Tensor | None,
-    lse_target: Tensor,
-    lse: Tensor,
-    pull: Tensor,
-) -> Tensor:
-    run = native.kernels(logits, target)
-    if run is None:
-        return reference.mixture_kl_backward(grad_kl, target, logits, weight, lse_target, lse, pull)
-    B, L, D, S = logits.shape
-    grad = logits.new_empty((B, L, D, S))
-    x, y = native.rows(logits), native.rows(target)
-    run(
-        "mixture_kl_backward",
-        **native.describe("target", y),
-        **native.describe("logits", x),
-        weight=native.dense(weight),
-        lse_target=native.dense(lse_target),
-        lse=native.dense(lse),
-        pull=native.dense(pull),
-        grad_kl=native.dense(grad_kl),
-        grad=grad,
-        B=B,
-        T=target.shape[1],
-        L=L,
-        D=D,
-        S=S,
-    )
-    return grad
-
-
-register(
-    "mixture_log_prob(Tensor logits, Tensor tokens, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)",
-    _mixture_log_prob,
-    _mixture_log_prob_fake,
-)
-register(
-    "mixture_log_prob_backward(Tensor grad_joint, Tensor grad_correlation, Tensor logits, Tensor tokens, "
-    "Tensor? weight, Tensor lse, Tensor share) -> Tensor",
-    _mixture_log_prob_backward,
-    lambda grad_joint, grad_correlation, logits, *_: logits.new_empty(logits.shape),
-)
-register(
-    "mixture_kl(Tensor target, Tensor logits, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)",
-    _mixture_kl,
-    _mixture_kl_fake,
-)
-register(
-    "mixture_kl_backward(Tensor grad_kl, Tensor target, Tensor logits, Tensor? weight, Tensor lse_target, "
-    "Tensor lse, Tensor pull) -> Tensor",
-    _mixture_kl_backward,
-    lambda grad_kl, target, logits, *_: logits.new_empty(logits.shape),
-)
-
-
-def _keep_log_prob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tokens, weight = inputs
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(logits, tokens, weight, output[2], output[3])
-
-
-def _log_prob_gradient(ctx: Any, grad_joint: Tensor, grad_correlation: Tensor, *_: Any) -> tuple[Any, ...]:
-    grad = torch.ops.di4c.mixture_log_prob_backward(grad_joint, grad_correlation, *ctx.saved_tensors)
-    return grad, None, None
-
-
-def _keep_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs, *output[1:])
-
-
-def _kl_gradient(ctx: Any, grad_kl: Tensor, *_: Any) -> tuple[Any, ...]:
-    return None, torch.ops.di4c.mixture_kl_backward(grad_kl, *ctx.saved_tensors), None
-
-
-register_gradient("mixture_log_prob", _log_prob_gradient, _keep_log_prob)
-register_gradient("mixture_kl", _kl_gradient, _keep_kl)
+    return mixture_op.objective_of(joint, correlation, parts, data is not None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # config.h: DType
+LOGISTIC = 3  # a row of two floats, mean and log-scale
 
 _warned: set[str] = set()
 
@@ -102,28 +103,33 @@ def _serves(tensor: Tensor) -> bool:
 
 
 class Kernels:
-    """The kernels of one device: `kernels.sample(field=value, ...)`, fields named as the structs of api.h.
+    """The kernels of one device: `kernels("sample", field=value, ...)`, fields named as the structs of api.h.
 
-    Tensors become pointers, None becomes 0; the stream and device, or the number of threads, are added here.
+    Tensors become pointers, None becomes 0; the stream and device, or the number of threads, are added here. Kernels
+    that share a struct run one after the other on the same fields.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __call__(self, name: str, **fields: Tensor | int | float | None) -> None:
+    def __call__(self, *names: str, **fields: Tensor | int | float | None) -> None:
         values = {k: v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for k, v in fields.items()}
         if self._device.type == "cpu":
-            getattr(_C.cpu, name)(**values, threads=torch.get_num_threads())  # type: ignore[union-attr]
+            threads = torch.get_num_threads()
+            for name in names:
+                getattr(_C.cpu, name)(**values, threads=threads)  # type: ignore[union-attr]
             return
         index = self._device.index
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        getattr(_C.cuda, name)(**values, device=index, stream_handle=stream)  # type: ignore[union-attr]
+        for name in names:
+            getattr(_C.cuda, name)(**values, device=index, stream_handle=stream)  # type: ignore[union-attr]
 
 
-def kernels(tensor: Tensor, target: Tensor | None = None) -> Kernels | None:
-    """The compiled kernels that serve a tensor, or None where the reference does, as it does any float64 target."""
-    if target is not None and target.dtype == torch.float64:
-        return None
+def kernels(tensor: Tensor, *others: Tensor | None) -> Kernels | None:
+    """The compiled kernels that serve a tensor, or None where the reference does, as it does beside any in float64."""
+    for other in others:
+        if other is not None and other.dtype == torch.float64:
+            return None
     return Kernels(tensor.device) if _serves(tensor) else None
 
 
@@ -137,18 +143,34 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def describe(name: str, tensor: Tensor | None) -> dict[str, Tensor | int]:
+def split_workspace(x: Tensor, rows: int, states: int, numbers: int) -> dict[str, Tensor | None]:
+    """The field `split` of kernels that share few long rows between CTAs: a ticket to each row, `numbers` words beside.
+
+    CUDA devices without clusters (before compute capability 9) need it to do so; others, and other rows, get None.
+    """
+    if x.device.type != "cuda":
+        return {}
+    few = 0 < rows <= _C.FEW_ROWS and states > _C.LONG_ROW  # type: ignore[union-attr]
+    if not few or torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"split": None}
+    split = torch.empty(rows * (1 + numbers), dtype=torch.int32, device=x.device)
+    split[:rows].zero_()
+    return {"split": split}
+
+
+def describe(name: str, tensor: Tensor | None, logistic: bool = False) -> dict[str, Tensor | int]:
     """The fields of a `Logits` called `name`: pointer, dtype, strides of logits (B, L, D, S) or (B, D, S), or null.
 
-    The caller must keep `tensor` alive, and its classes contiguous (see `rows`).
+    logistic: the rows are (mean, log-scale) pairs of float32 in place of S logits. The caller must keep `tensor`
+    alive, and its last dimension contiguous (see `rows`).
     """
     if tensor is None:
         return {name: 0, f"{name}_dtype": 0, f"{name}_stride_b": 0, f"{name}_stride_l": 0, f"{name}_stride_d": 0}
     stride = tensor.stride()
     return {
         name: tensor,
-        f"{name}_dtype": DTYPES[tensor.dtype],
+        f"{name}_dtype": LOGISTIC if logistic else DTYPES[tensor.dtype],
         f"{name}_stride_b": stride[0],
-        f"{name}_stride_l": stride[1] if tensor.dim() == 4 else 0,
+        f"{name}_stride_l": stride[1] if len(stride) == 4 else 0,
         f"{name}_stride_d": stride[-2],
     }

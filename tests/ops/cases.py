@@ -84,10 +84,22 @@ def _row(kind: int) -> Call:
     return lambda i: (reference.row_loss(kind, i.target, None, i.logits, i.weight),)
 
 
+def _objective(i: Inputs) -> dict[str, Tensor | None]:
+    """target as the teacher, targets as the target, the first tokens as data and the rest as samples."""
+    return {
+        "teacher": i.target,
+        "data": i.tokens[:, 0] if i.tokens.shape[1] else None,
+        "samples": i.tokens[:, 1:],
+        "target": i.targets,
+        "weight": i.weight,
+    }
+
+
 OPS: dict[str, Call] = {
     "mixture_log_prob": lambda i: ops.mixture_log_prob(i.logits, i.tokens, i.weight),
     "mixture_kl": lambda i: (ops.mixture_kl(i.target, i.logits, i.weight),),
     "mixture_kl_of_mixture": lambda i: (ops.mixture_kl(i.targets, i.logits, i.weight),),
+    "mixture_objective": lambda i: ops.mixture_objective(i.logits, **_objective(i), information=True),
     "masked_kl": _op_divergence(ops.masked_kl),
     "masked_reverse_kl": _op_divergence(ops.masked_reverse_kl),
     "masked_js": _op_divergence(ops.masked_js),
@@ -99,6 +111,7 @@ DEFINITIONS: dict[str, Call] = {
     "mixture_log_prob": lambda i: reference.mixture_log_prob(i.logits, i.tokens, i.weight),
     "mixture_kl": lambda i: (reference.mixture_kl(i.target[:, None], i.logits, i.weight),),
     "mixture_kl_of_mixture": lambda i: (reference.mixture_kl(i.targets, i.logits, i.weight),),
+    "mixture_objective": lambda i: reference.mixture_objective(i.logits, **_objective(i), information=True),
     "masked_kl": _row(0),
     "masked_reverse_kl": _row(1),
     "masked_js": _row(2),
@@ -110,11 +123,12 @@ READS_TARGET = [name for name in OPS if name not in ("mixture_log_prob", "masked
 
 
 def value_and_grad(call: Call, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
-    """The outputs, and the gradient of the logits for fixed, unequal gradients of the outputs."""
+    """The outputs, and the gradient of the logits for fixed, unequal gradients of the outputs that have one."""
     logits = inputs.logits.detach().requires_grad_()
     outputs = call(replace(inputs, logits=logits))
-    grads = [torch.linspace(0.5, -1.5, max(1, o.numel()), dtype=o.dtype, device=o.device)[: o.numel()] for o in outputs]
-    torch.autograd.backward(outputs, [g.view(o.shape) for g, o in zip(grads, outputs, strict=True)])
+    felt = [o for o in outputs if o.requires_grad]
+    grads = [torch.linspace(0.5, -1.5, max(1, o.numel()), dtype=o.dtype, device=o.device)[: o.numel()] for o in felt]
+    torch.autograd.backward(felt, [g.view(o.shape) for g, o in zip(grads, felt, strict=True)])
     assert logits.grad is not None
     return [o.detach() for o in outputs], logits.grad
 

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from di4c_ext.ops import reference
 from di4c_ext.ops.reference.philox import exceeds, multiply_high
-from di4c_ext.ops.reference.sampling import _first_above
+from di4c_ext.ops.reference.sampling import first_above
 
 
 def _float64(states: int, **options):
@@ -61,6 +61,46 @@ def test_divergences_by_their_formulas():
     torch.testing.assert_close(reference.row_loss(4, None, tokens, i.logits, None), -picked.log().sum(-1))
     tbar = torch.softmax(i.targets, -1).mean(1)
     torch.testing.assert_close(reference.mixture_kl(i.targets, i.logits, None), kl(tbar, p.mean(1)))
+
+
+def test_objective_by_its_formulas():
+    """Sample 0 inside, sample 1 outside."""
+    i = _float64(6)
+    w, t, p = i.weight, torch.softmax(i.target, -1), torch.softmax(i.logits, -1)
+    gbar, pbar = torch.softmax(i.targets, -1).mean(1), p.mean(1)
+    inside = torch.tensor([True, False])
+
+    def kl(a, b, b_th):
+        return (w[b_th] * (a * (a / b).log()).sum(-1)).sum()
+
+    def log_prob(x, b_th):
+        a = p[b_th].gather(-1, x[None, :, None].expand(3, -1, -1))[..., 0].log()
+        centred = a - a.exp().mean(0).log()
+        return [(w[b_th] * v).sum(-1).exp().mean().log() for v in (a, centred)]
+
+    got = reference.mixture_objective(
+        i.logits,
+        teacher=i.target,
+        data=i.tokens[:, 1],
+        samples=i.tokens,
+        target=i.targets,
+        weight=w,
+        inside=inside,
+        information=True,
+    )
+    for b in range(2):
+        expected = {
+            "distillation": sum(kl(t[b], p[b, n], b) for n in range(3)) / 3 if b == 0 else torch.zeros(()),
+            "marginal_teacher": kl(t[b], pbar[b], b),
+            "marginal_target": kl(gbar[b], pbar[b], b) if b == 1 else torch.zeros(()),
+            "joint_data": log_prob(i.tokens[b, 1], b)[0],
+            "correlation_data": log_prob(i.tokens[b, 1], b)[1],
+            "joint_samples": torch.stack([log_prob(x, b)[0] for x in i.tokens[b]]),
+            "correlation_samples": torch.stack([log_prob(x, b)[1] for x in i.tokens[b]]),
+            "information": kl(p[b, 0], pbar[b], b),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(got, name)[b], value.double(), msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_weights_scale_positions():
@@ -121,4 +161,4 @@ def test_search():
     """The first inclusive prefix sum above the target: classes of mass 0 are passed over, also by a target of 0."""
     prefix = torch.tensor([0, 0, 5, 5, 9, 9, 9, -(1 << 63)])[None]  # the last is 2^63 unsigned
     target = torch.tensor([0, 4, 5, 8, 9, (1 << 63) - 1])[None]
-    assert _first_above(prefix, target, torch.zeros_like(target), 8).tolist() == [[2, 2, 4, 4, 7, 7]]
+    assert first_above(prefix, target, torch.zeros_like(target), 8).tolist() == [[2, 2, 4, 4, 7, 7]]

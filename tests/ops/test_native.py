@@ -33,6 +33,8 @@ def test_who_serves_what(kernels):
     for dtype, served in (*((d, True) for d in native.DTYPES), (torch.float64, False)):
         assert (native.kernels(torch.zeros(1, device=kernels.device, dtype=dtype)) is not None) == served
     assert native.kernels(torch.zeros(1, device="meta")) is None
+    x, wide = torch.zeros(1, device=kernels.device), torch.zeros(1, device=kernels.device, dtype=torch.float64)
+    assert native.kernels(x, None, x) is not None and native.kernels(x, None, wide) is None
     with pytest.raises(ValueError, match="available: kind must be 'cpu' or 'cuda', got 'gpu'"):
         native.available("gpu")
 
@@ -53,6 +55,26 @@ def test_only_contiguous_classes_are_taken_as_they_are():
     four = native.describe("y", x[:, None].expand(4, 3, 5, 6).to(torch.float16))
     assert (four["y_dtype"], four["y_stride_l"]) == (2, 0 if four["y_stride_b"] == 30 else 30)
     assert native.describe("y", None)["y"] == 0
+    pairs = native.describe("y", torch.zeros(4, 3, 5, 2), logistic=True)
+    assert (pairs["y_dtype"], pairs["y_stride_b"], pairs["y_stride_l"], pairs["y_stride_d"]) == (3, 30, 10, 2)
+
+
+def test_kernels_of_one_struct_run_in_their_order(kernels, monkeypatch):
+    """Each on the same fields: tensors as pointers, None as 0."""
+    ran = []
+
+    class Extension:
+        class cpu:
+            first = staticmethod(lambda **fields: ran.append(("first", fields)))
+            second = staticmethod(lambda **fields: ran.append(("second", fields)))
+
+        cuda = cpu
+
+    monkeypatch.setattr(native, "_C", Extension)
+    x = torch.zeros(3, device=kernels.device)
+    native.Kernels(x.device)("first", "second", x=x, y=None, N=3)
+    assert [name for name, _ in ran] == ["first", "second"] and ran[0][1] == ran[1][1]
+    assert (ran[0][1]["x"], ran[0][1]["y"], ran[0][1]["N"]) == (x.data_ptr(), 0, 3)
 
 
 def test_build_without_cuda_says_so_once(monkeypatch):

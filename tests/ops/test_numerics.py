@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, OPS, READS_TARGET, STATES, check, make
+from cases import DEFINITIONS, DTYPES, OPS, READS_TARGET, STATES, check, make, value_and_grad
 
 from di4c_ext.ops import native, reference
 
 NAMES = list(OPS)
+MIXTURES = [name for name in NAMES if name.startswith("mixture")]
 
 
 @pytest.mark.parametrize("states", STATES)
@@ -48,13 +49,14 @@ def test_what_forward_keeps(backend, shift):
     weight[:, 0], weight[:, 3] = 1.0, 0.0
     logits = i.logits.masked_fill((weight == 0)[:, None, :, None], torch.nan)  # not to be read
     i = replace(i, logits=logits, weight=weight).to(backend.device)
-    joint, _, lse, share = torch.ops.di4c.mixture_log_prob(i.logits, i.tokens, i.weight)
-    kl, lse_target, lse_again, pull = torch.ops.di4c.mixture_kl(i.targets, i.logits, i.weight)
+    arguments = (i.logits, i.target, i.targets, i.tokens, None, i.weight)
+    joint, correlation, parts, *kept = torch.ops.di4c.mixture(*arguments, None, False)
+    lse, lse_teacher, lse_target, share, pull = kept
     stats = torch.ops.di4c.row_loss(2, i.target, None, i.logits, i.weight)[1]
     wide = i.to(dtype=torch.float64)
     for got, rows in (
         (lse, wide.logits),
-        (lse_again, wide.logits),
+        (lse_teacher, wide.target[:, None]),
         (lse_target, wide.targets),
         (stats[:2], wide.logits),
         (stats[2:4], wide.target[:, None].expand_as(wide.logits)),
@@ -65,19 +67,17 @@ def test_what_forward_keeps(backend, shift):
         assert torch.equal(top, rows.amax(-1)[used])
         torch.testing.assert_close(got[1][used].double(), log_sum, rtol=1e-6, atol=1e-6)
 
-    ones = torch.ones_like(joint)
-    arguments = (i.logits, i.tokens, i.weight, lse, share)
-    grad = torch.ops.di4c.mixture_log_prob_backward(ones, ones, *arguments)
-    exact = reference.mixture_log_prob_backward(ones.double(), ones.double(), *(_wide(v) for v in arguments))
-    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
-    arguments = (i.targets, i.logits, i.weight, lse_target, lse, pull)
-    grad = torch.ops.di4c.mixture_kl_backward(torch.ones_like(kl), *arguments)
-    exact = reference.mixture_kl_backward(torch.ones_like(kl).double(), *(_wide(v) for v in arguments))
-    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    exact = reference.mixture_forward(*(_wide(v) for v in arguments), False)
+    for got, expected in zip((share, pull), exact[6:], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+    given = [torch.ones_like(v) for v in (joint, correlation, parts)]
+    grad = torch.ops.di4c.mixture_backward(*given, *arguments, *kept, None)
+    exact = reference.mixture_backward(*(_wide(v) for v in (*given, *arguments, *kept)))
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=2e-6)
 
 
 def _wide(x):
-    return x.double() if x.is_floating_point() else x
+    return x if x is None or not x.is_floating_point() else x.double()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +119,7 @@ def test_blocks_of_minus_inf(backend, name):
         check(name, i, backend.device)
 
 
-@pytest.mark.parametrize("name", ["mixture_kl", "mixture_kl_of_mixture", "masked_kl", "masked_js", "masked_tv"])
+@pytest.mark.parametrize("name", [name for name in READS_TARGET if name != "masked_reverse_kl"])
 def test_target_with_less_support(backend, name):
     i = make(70)
     out = torch.arange(70) % 3 == 0
@@ -127,7 +127,7 @@ def test_target_with_less_support(backend, name):
     check(name, i, backend.device)
 
 
-@pytest.mark.parametrize("name", ["mixture_kl", "masked_kl"])
+@pytest.mark.parametrize("name", ["mixture_kl", "mixture_objective", "masked_kl"])
 def test_class_the_student_lacks_is_inf(backend, name):
     i = make(70, weighted=False).to(backend.device)
     logits = i.logits.clone()
@@ -144,6 +144,13 @@ def test_class_one_component_lacks(backend):
     i = replace(i, logits=logits, tokens=torch.full_like(i.tokens, 9))
     for name in ("mixture_log_prob", "mixture_kl", "mixture_kl_of_mixture"):
         check(name, i, backend.device)
+    values, grad = value_and_grad(OPS["mixture_objective"], i.to(backend.device))
+    exact, _ = value_and_grad(DEFINITIONS["mixture_objective"], i.to(backend.device, torch.float64))
+    distillation, *others = values
+    assert distillation[0] == torch.inf and torch.isfinite(distillation[1])  # the teacher against one component
+    for value, expected in zip(others, exact[1:], strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(grad).all()
 
 
 def test_token_no_component_has(backend):
@@ -176,7 +183,7 @@ def test_numbers_of_components_and_sequences(backend, components):
     """K = 1 and K = L, more positions than one block of 16; a product (L = 1) has no correlation."""
     for sequences in (1, components):
         i = make(19, components=components, sequences=sequences, length=37, mixed_target=components)
-        for name in ("mixture_log_prob", "mixture_kl", "mixture_kl_of_mixture"):
+        for name in MIXTURES:
             check(name, i, backend.device)
         if components == 1:
             assert OPS["mixture_log_prob"](i.to(backend.device))[1].abs().max() < 1e-6

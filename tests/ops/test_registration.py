@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,32 +18,57 @@ from di4c_ext.ops import reference
 NAMES = list(OPS)
 
 
+INPUTS = ("teacher", "target", "tokens", "inside", "weight")  # of di4c::mixture, each of which may be absent
+
+
+def _mixture_inputs(i, absent=()):
+    """The six inputs of di4c::mixture, some of them None."""
+    given = {
+        "teacher": i.target,
+        "target": i.targets,
+        "tokens": i.tokens,
+        "inside": torch.arange(i.logits.shape[0], device=i.logits.device) % 2 == 0,
+        "weight": i.weight,
+    }
+    return i.logits, *(None if name in absent else given[name] for name in INPUTS)
+
+
+def _backward_inputs(inputs, outputs, states=None):
+    """The arguments of di4c::mixture_backward, by the inputs and outputs of di4c::mixture."""
+    outputs = [value.detach() for value in outputs]
+    grads = [torch.ones_like(value) for value in outputs[:3]]
+    return *grads, inputs[0].detach(), *inputs[1:], *outputs[3:], states
+
+
+def _packed(x):
+    """Rows of two floats, mean and log-scale, as many as x has rows."""
+    return torch.stack([x.float().mean(-1).tanh(), x.float().std(-1)], -1)
+
+
 def _op_calls(device):
-    """One call of every registered operator: name, arguments."""
+    """Calls of every registered operator: name, arguments."""
     i = make(37).to(device)
     keys = random.keys(0, 2, device)
-    x = i.logits.requires_grad_()
-    joint, _, lse, share = torch.ops.di4c.mixture_log_prob(x, i.tokens, i.weight)
-    kl, *kl_saved = torch.ops.di4c.mixture_kl(i.targets, x, i.weight)
+    logistic = replace(i, logits=_packed(i.logits), target=_packed(i.target), targets=_packed(i.targets))
+    dense, logistic, few = _mixture_inputs(i), _mixture_inputs(logistic), _mixture_inputs(i, ("teacher", "target"))
+    for inputs in (dense, logistic, few):
+        inputs[0].requires_grad_()
+    x, plain = i.logits.requires_grad_(), i.logits.detach()
+    out = torch.ops.di4c.mixture(*dense, None, True)
     loss, stats = torch.ops.di4c.row_loss(2, i.target, None, x, i.weight)
     prob = torch.full((2,), 0.5, dtype=torch.float64, device=device)
-    plain = x.detach()
-    saved = [v.detach() for v in (lse, share)], [v.detach() for v in kl_saved], stats.detach()
     return [
         ("random_bits", (keys, 3, 1)),
         ("sample", (plain[:, 0], keys, None, None, -1, 2, 0, 1.0, True)),
         ("sample", (plain[:, 0], keys, i.tokens[:, 0], prob, 37, 1, 0, 1.0, False)),
-        ("mixture_log_prob", (x, i.tokens, i.weight)),
-        ("mixture_log_prob", (x, i.tokens, None)),
-        (
-            "mixture_log_prob_backward",
-            (torch.ones_like(joint), torch.ones_like(joint), plain, i.tokens, i.weight, *saved[0]),
-        ),
-        ("mixture_kl", (i.targets, x, i.weight)),
-        ("mixture_kl_backward", (torch.ones_like(kl), i.targets, plain, None, *saved[1])),
+        ("mixture", (*dense, None, True)),
+        ("mixture", (*few, None, False)),
+        ("mixture", (*logistic, 37, True)),
+        ("mixture_backward", _backward_inputs(dense, out)),
+        ("mixture_backward", _backward_inputs(logistic, torch.ops.di4c.mixture(*logistic, 37, True), 37)),
         ("row_loss", (0, i.target, None, x, i.weight)),
         ("row_loss", (4, None, i.tokens[:, 0], x, None)),
-        ("row_loss_backward", (torch.ones_like(loss), 2, i.target, None, plain, i.weight, saved[2])),
+        ("row_loss_backward", (torch.ones_like(loss), 2, i.target, None, plain, i.weight, stats.detach())),
     ]
 
 
@@ -49,6 +76,30 @@ def _op_calls(device):
 def test_opcheck(backend, call):
     name, arguments = _op_calls(backend.device)[call]
     torch.library.opcheck(getattr(torch.ops.di4c, name).default, arguments)
+
+
+def test_mixture_with_any_of_its_inputs_absent(backend):
+    """Schema and FakeTensor rule hold for every combination, and what an absent input would add is not there."""
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for present in itertools.product((True, False), repeat=len(INPUTS)):
+        absent = [name for name, here in zip(INPUTS, present, strict=True) if not here]
+        i = make(7, length=3).to(backend.device)
+        inputs = _mixture_inputs(i, absent)
+        information = "weight" in absent
+        inputs[0].requires_grad_()
+        torch.library.opcheck(torch.ops.di4c.mixture.default, (*inputs, None, information), test_utils=quick)
+        outputs = torch.ops.di4c.mixture(*inputs, None, information)
+        arguments = _backward_inputs(inputs, outputs)
+        torch.library.opcheck(torch.ops.di4c.mixture_backward.default, arguments, test_utils=quick)
+        joint, _, parts, _, lse_teacher, lse_target, share, pull = outputs
+        for name, values in (
+            ("teacher", (lse_teacher, parts[:2])),
+            ("target", (lse_target, parts[2])),
+            ("tokens", (joint, share)),
+        ):
+            assert all((value != 0).any() == (name not in absent) for value in values), (name, absent)
+        assert (parts[3] != 0).any() == information
+        assert (pull.numel() == 0) == ("teacher" in absent and "target" in absent)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,6 +129,10 @@ def _everything(logits, target, tokens, weight, keys):
     stepped = ops.absorbing_step(target, x_t, keys, unmask_prob=0.5, mask_id=3, temperature=0.8)
     joint, correlation = ops.mixture_log_prob(logits, drawn, weight)
     loss = joint.sum() + correlation.sum() + ops.mixture_kl(target, logits, weight).sum()
+    objective = ops.mixture_objective(
+        logits, teacher=target, data=x_t, samples=drawn, target=target, weight=weight, inside=x_t[:, 0] > 3
+    )
+    loss = loss + sum(value.sum() for value in objective)
     for op in (ops.masked_kl, ops.masked_reverse_kl, ops.masked_js, ops.masked_tv):
         loss = loss + op(target, logits, weight).sum()
     return loss + ops.masked_cross_entropy(logits, tokens[:, 0]).sum(), drawn, stepped
@@ -86,7 +141,9 @@ def _everything(logits, target, tokens, weight, keys):
 @inductor_config.patch(force_disable_caches=True)  # their keys hold the ops' names, not the shapes they return
 def test_compile_fullgraph(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(_everything, fullgraph=True, dynamic=None)
+    # One of them with the code generator, which takes most of a minute: with sizes unknown from the start, once.
+    options = {"backend": "inductor", "dynamic": True} if backend.is_native else {"backend": "aot_eager"}
+    compiled = torch.compile(_everything, fullgraph=True, **options)
     for batch in (2, 3):  # the second makes the batch a symbol
         i = make(11, batch=batch).to(backend.device)
         keys = random.keys(0, batch, backend.device)
@@ -99,6 +156,27 @@ def test_compile_fullgraph(backend):
         torch.testing.assert_close(again, loss)
         torch.testing.assert_close(traced.grad, eager.grad)
         assert all(torch.equal(a, b) for a, b in zip(tokens, tokens_again, strict=True))
+
+
+def test_compile_logistic_rows(backend):
+    torch._dynamo.reset()
+
+    def loss(mean, log_scale, i):
+        x, teacher = (
+            ops.Logistic(mean, log_scale, 11),
+            ops.Logistic(mean[:, 0].detach(), log_scale[:, 0].detach(), 11),
+        )
+        objective = ops.mixture_objective(x, teacher=teacher, samples=i.tokens, weight=i.weight)
+        return objective.distillation.sum() + objective.joint_samples.sum() - ops.mixture_kl(teacher, x).sum()
+
+    i = make(11).to(backend.device)
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [i.logits[..., n].clone().requires_grad_() for n in range(2)]
+        value = call(*leaves, i)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_compiled_call_still_checks_values(reference_ops):
@@ -163,5 +241,11 @@ def test_draws_have_no_gradient():
 
 def test_reference_names_match():
     """The error of the second derivative names a definition that exists."""
-    for name in ("mixture_log_prob", "mixture_kl", "row_loss"):
-        assert callable(getattr(reference, name))
+    for name in NAMES:
+        x = make(5).logits.requires_grad_()
+        value = OPS[name](replace(make(5), logits=x))[0].sum()
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError) as caught:
+            grad.sum().backward()
+        (definition,) = re.findall(r"di4c_ext\.ops\.reference\.(\w+)", str(caught.value))
+        assert callable(getattr(reference, definition))

@@ -1,19 +1,22 @@
-"""Which rows are read and which results they touch: weights, bad rows, strides, batches, threads, nothing at all."""
+"""Which rows are read and which results they touch: weights, layouts, batches, threads, nothing at all."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import calls
 import pytest
 import torch
-from cases import DTYPES, OPS, READS_TARGET, Inputs, assert_same, make, same_bits, value_and_grad
+from cases import DTYPES, OPS, Inputs, assert_same, make, same_bits, value_and_grad
+from torch import Tensor
 
 from di4c_ext import ops, random
 
 NAMES = list(OPS)
 
 
-def _poison(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+def _poison(x: Tensor, where: Tensor) -> Tensor:
     """NaN in the rows (B, ..., D, S) where (B, D) says so."""
     shape = (where.shape[0], *[1] * (x.dim() - 3), where.shape[1], 1)
     return x.masked_fill(where.view(shape), torch.nan)
@@ -46,32 +49,7 @@ def test_sample_without_weight_is_zero(backend, name):
     assert (grad[0] == 0).all() and (grad[1] != 0).any()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.inf])
-@pytest.mark.parametrize("name", NAMES)
-def test_bad_row_spoils_its_sample_only(backend, name, bad):
-    """A NaN, a row of -inf or a +inf in sample 1 of 3: its values are NaN, the others' bits do not change."""
-    i = make(1100, batch=3, length=4, weighted=False).to(backend.device)
-    logits = i.logits.clone()
-    logits[1, :, 2, :] = torch.where(torch.arange(1100, device=backend.device) == 1050, bad, logits[1, :, 2, :])
-    if bad == -torch.inf:
-        logits[1, :, 2, :] = bad
-    spoiled = replace(i, logits=logits)
-    values, _ = value_and_grad(OPS[name], spoiled)
-    assert all(v[1].isnan().all() for v in values)
-    assert_same(name, i, spoiled, pick=lambda x: x[[0, 2]])
-
-
-@pytest.mark.parametrize("name", READS_TARGET)
-def test_bad_target_row_spoils_its_sample_only(backend, name):
-    i = make(1100, batch=3, length=4, weighted=False).to(backend.device)
-    target, targets = i.target.clone(), i.targets.clone()
-    target[1, 2, 1050] = targets[1, 0, 2, 1050] = torch.nan
-    spoiled = replace(i, target=target, targets=targets)
-    assert OPS[name](spoiled)[0][1].isnan().all()
-    assert_same(name, i, spoiled, pick=lambda x: x[[0, 2]])
-
-
-def _strided(x: torch.Tensor, offset: int, gap: int) -> torch.Tensor:
+def _strided(x: Tensor, offset: int, gap: int) -> Tensor:
     """The same values at an offset of `offset` elements, `gap` unused elements (NaN) after every row."""
     rows = x.numel() // x.shape[-1]
     flat = x.new_full((offset + rows * (x.shape[-1] + gap),), torch.nan)
@@ -95,16 +73,38 @@ def test_every_misalignment(backend, name):
                 assert_same(name, i, moved)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_any_strides(backend, name):
-    i = make(60, length=6).to(backend.device)
-    permuted = i.logits.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    assert_same(name, i, replace(i, logits=permuted))
-    classes_apart = i.logits.transpose(2, 3).contiguous().transpose(2, 3)
-    assert_same(name, i, replace(i, logits=classes_apart, target=i.target.mT.contiguous().mT))
-    one = i.logits[:, :1]
-    repeated = replace(i, logits=one.expand(-1, 3, -1, -1))
-    assert_same(name, repeated, replace(i, logits=repeated.logits.contiguous()))
+def _every_other(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The last dimension is the slowest."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _off_by_one(x: Tensor) -> Tensor:
+    return torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape)
+
+
+def _expanded(x: Tensor) -> Tensor:
+    """The first of all, again and again."""
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("lay_out", [_every_other, _transposed, _off_by_one, _expanded])
+@pytest.mark.parametrize("name", calls.NAMES)
+def test_any_layout(backend, name, lay_out):
+    """Every tensor of every op in a layout of its own, those that must be copied included: the bits do not change."""
+    for dtype in DTYPES:
+        call = calls.make(name, 60, dtype, batch=3).to(backend.device)
+        moved = call.each(lay_out)
+        dense = moved.each(lambda x: x.clone(memory_format=torch.contiguous_format))
+        (values, grads), (expected, expected_grads) = calls.run(moved), calls.run(dense)
+        for got, want in zip([*values, *grads], [*expected, *expected_grads], strict=True):
+            if name.endswith("_of_hidden") and got.is_floating_point():  # the product with the head may be rounded anew
+                torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+            else:
+                assert same_bits(got, want), dtype
 
 
 def test_offsets_above_32_bits(backend):
@@ -127,18 +127,28 @@ def test_batch_equals_its_samples(backend, name):
         assert all(same_bits(v[b : b + 1], a) for v, a in zip(values, alone, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_threads_change_no_bit(kernels, name):
-    if kernels.name != "cpu":
-        pytest.skip("threads are the CPU's")
-    i = make(2100, batch=3, length=40)
-    results = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        results.append(value_and_grad(OPS[name], i))
-    for values, grad in results[1:]:
-        assert same_bits(grad, results[0][1])
-        assert all(same_bits(a, b) for a, b in zip(values, results[0][0], strict=True))
+@pytest.mark.parametrize("name", calls.NAMES)
+def test_runs_change_no_bit(kernels, name):
+    """20 runs, every other one on two threads, but where a head is multiplied with: that is the matrix library's."""
+    fixed = name.endswith("_of_hidden")
+    call = calls.make(name, 1100, batch=3, length=40).to(kernels.device)
+    first = None
+    for time in range(20):
+        torch.set_num_threads(1 if fixed else 1 + time % 2)
+        values, grads = calls.run(call)
+        first = first or [*values, *grads]
+        assert all(same_bits(a, b) for a, b in zip([*values, *grads], first, strict=True))
+
+
+def test_callers_on_many_threads(kernels):
+    """Ops called from several Python threads at once, which share one pool of workers."""
+    torch.set_num_threads(2)
+    all_calls = [calls.make(name, 1100, length=40).to(kernels.device) for name in calls.NAMES]
+    alone = [call() for call in all_calls]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: call(), all_calls * 3))
+    for values, expected in zip(together, alone * 3, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(values, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,21 +170,9 @@ def _with_row_tokens(i: Inputs) -> Inputs:
 def test_student_without_latents(backend):
     """Logits (B, D, S) give (B,), the column of one component."""
     i = make(45).to(backend.device)
-    for name in NAMES[3:]:
+    for name in (name for name in NAMES if name.startswith("masked")):
         alone = OPS[name](replace(i, logits=i.logits[:, 1]))[0]
         assert alone.shape == (2,) and same_bits(alone, OPS[name](i)[0][:, 1])
-
-
-def test_only_the_logits_are_kept(backend):
-    """Nothing of the logits' size is saved for the gradient but the inputs themselves."""
-    i = make(4096, length=3).to(backend.device)
-    given = {getattr(i, f.name).untyped_storage().data_ptr() for f in fields(i)}
-    for name in NAMES:
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
-            OPS[name](replace(i, logits=i.logits.detach().requires_grad_()))
-        assert kept
-        assert all(x.untyped_storage().data_ptr() in given or x.numel() <= 1000 for x in kept)
 
 
 def test_more_than_2_31_elements(kernels):

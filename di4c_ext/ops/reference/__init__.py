@@ -5,31 +5,33 @@ pairs are the same values with the small tensors a kernel keeps for its gradient
 from them; they serve float64 inputs, devices without kernels and `DI4C_NATIVE=off`.
 """
 
+from di4c_ext.ops.reference.logistic import logistic_logits, logistic_pull
 from di4c_ext.ops.reference.masked import row_loss, row_loss_backward, row_loss_forward
-from di4c_ext.ops.reference.mixture import (
-    mixture_kl,
-    mixture_kl_backward,
-    mixture_kl_forward,
-    mixture_log_prob,
-    mixture_log_prob_backward,
-    mixture_log_prob_forward,
-)
+from di4c_ext.ops.reference.mixture import mixture_kl, mixture_log_prob
+from di4c_ext.ops.reference.objective import MixtureObjective, mixture_backward, mixture_forward, mixture_objective
 from di4c_ext.ops.reference.philox import philox, random_bits, unit_double
+from di4c_ext.ops.reference.product import fixed_masses, prefix_masses, sample_product, sample_rows
 from di4c_ext.ops.reference.sampling import exp_nonpos, sample
 
 __all__ = [
+    "MixtureObjective",
     "exp_nonpos",
+    "fixed_masses",
+    "logistic_logits",
+    "logistic_pull",
+    "mixture_backward",
+    "mixture_forward",
     "mixture_kl",
-    "mixture_kl_backward",
-    "mixture_kl_forward",
     "mixture_log_prob",
-    "mixture_log_prob_backward",
-    "mixture_log_prob_forward",
+    "mixture_objective",
     "philox",
+    "prefix_masses",
     "random_bits",
     "row_loss",
     "row_loss_backward",
     "row_loss_forward",
     "sample",
+    "sample_product",
+    "sample_rows",
     "unit_double",
 ]

@@ -6,7 +6,7 @@ With p_l^d = softmax of logits[b, l, d] and LME the log of a mean of exponential
     correlation = LME_l sum_d w_d (log p_l^d(x^d) - log pbar^d(x^d)),   pbar^d = mean_l p_l^d
     kl          = sum_d w_d KL(mean_t softmax target[b, t, d] || pbar^d)
 
-Forward keeps every row's log-sum-exp as two planes, [0] its maximum m and [1] log sum exp(x - m), so that backward's
+Kernels keep every row's log-sum-exp as two planes, [0] its maximum m and [1] log sum exp(x - m), so that backward's
 log-probabilities (x - m) - log_sum lose nothing where m is large. Rows of weight 0 hold 0 in both; a bad row (NaN,
 +inf, -inf throughout) has NaN in [1] and anything in [0].
 
@@ -79,9 +79,8 @@ def at_tokens(log_p: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(inside.transpose(1, 2)[:, None], a, math.nan)
 
 
-def _sums(logits: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_d w a (B, L, K); the same over the living positions; sum_d w (a - LME_l a) over them."""
-    a = at_tokens(torch.log_softmax(unread(logits, weight), -1), tokens)
+def sums_over_positions(a: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a (B, L, D, K): sum_d w a (B, L, K); the same over the living positions; sum_d w (a - LME_l a) over them."""
     w = None if weight is None else weight[:, None, :, None]
     marginal = log_mean_exp(a, 1)[:, None]
     dead = torch.isneginf(marginal)
@@ -92,88 +91,23 @@ def _sums(logits: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor
 
 def mixture_log_prob(logits: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits (B, L, D, S), tokens (B, K, D), weight (B, D) -> joint (B, K), correlation (B, K)."""
-    total, _, centred = _sums(logits, tokens, weight)
+    a = at_tokens(torch.log_softmax(unread(logits, weight), -1), tokens)
+    total, _, centred = sums_over_positions(a, weight)
     return log_mean_exp(total, 1), log_mean_exp(centred, 1)
 
 
-def mixture_log_prob_forward(
-    logits: Tensor, tokens: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """joint, correlation, lse (2, B, L, D), share (B, L, K) = softmax over l of sum_d w a (dead positions left out)."""
-    total, alive, centred = _sums(logits, tokens, weight)
-    lse = row_planes(unread(logits, weight), weight)
-    share = torch.softmax(alive - log_mean_exp(alive, 1)[:, None], 1)
-    return log_mean_exp(total, 1), log_mean_exp(centred, 1), lse, share
+def divergence(log_t: Tensor, log_p: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_d w KL(t || p) of logs (B, ..., D, S); a class without mass in t adds nothing."""
+    t = torch.exp(log_t)
+    terms = t * torch.where(t == 0, 0.0, log_t - log_p)
+    return weighted(weight, terms.sum(-1)).sum(-1)
 
 
-def mixture_log_prob_backward(
-    grad_joint: Tensor,
-    grad_correlation: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    share: Tensor,
-) -> Tensor:
-    """The gradient of the logits, (B, L, D, S).
-
-    With c_ldk = w_d (g^joint_k share_lk + g^corr_k (share_lk - r_ldk)) and r = softmax over l of a:
-    d/dx_lds = sum_k c_ldk ([s = x_k^d] - p_ld(s)).
-    """
-    log_p = row_log_prob(unread(logits, weight), lse)
-    a = at_tokens(log_p, tokens)
-    marginal = torch.logsumexp(a, 1, keepdim=True)
-    dead = torch.isneginf(marginal)
-    r = torch.exp(a - torch.where(dead, 0.0, marginal))
-    shares = share[:, :, None]  # (B, L, 1, K)
-    c = grad_joint[:, None, None] * shares + grad_correlation[:, None, None] * (shares - r)
-    c = weighted(None if weight is None else weight[:, None, :, None], torch.where(dead, 0.0, c))
-    inside = (tokens >= 0) & (tokens < logits.shape[-1])
-    index = torch.where(inside, tokens, 0).transpose(1, 2)[:, None].expand(c.shape)
-    # c is 0 at weight 0, and p there is 1, of a row and planes of zeros: no NaN of an unread row can come in.
-    return (-c.sum(-1, keepdim=True) * torch.exp(log_p)).scatter_add(-1, index, c).to(logits.dtype)
-
-
-def _log_marginal(logits: Tensor) -> Tensor:
+def log_marginal(logits: Tensor) -> Tensor:
     """log pbar (B, D, S) of logits (B, L, D, S)."""
     return log_mean_exp(torch.log_softmax(logits, -1), 1)
 
 
 def mixture_kl(target: Tensor, logits: Tensor, weight: Tensor | None) -> Tensor:
     """target (B, T, D, S), logits (B, L, D, S), weight (B, D) -> kl (B,)."""
-    log_t, log_p = _log_marginal(unread(target, weight)), _log_marginal(unread(logits, weight))
-    t = torch.exp(log_t)
-    terms = t * torch.where(t == 0, 0.0, log_t - log_p)
-    return weighted(weight, terms.sum(-1)).sum(-1)
-
-
-def mixture_kl_forward(target: Tensor, logits: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kl (B,), lse_target (2, B, T, D), lse (2, B, L, D), pull (B, L, D) = sum_s t_s p_l(s) / sum_l' p_l'(s)."""
-    y, x = unread(target, weight), unread(logits, weight)
-    lse_target, lse = row_planes(y, weight), row_planes(x, weight)
-    t, r = torch.softmax(y, -1).mean(1), _responsibility(torch.log_softmax(x, -1))
-    pull = where_used(weight, (t[:, None] * r).sum(-1))
-    return mixture_kl(target, logits, weight), lse_target, lse, pull
-
-
-def _responsibility(log_p: Tensor) -> Tensor:
-    """r_ls = p_l(s) / sum_l' p_l'(s), of log p (B, L, D, S) and alike; 0 where no p_l' is > 0."""
-    total = torch.logsumexp(log_p, 1, keepdim=True)
-    return torch.exp(log_p - torch.where(torch.isneginf(total), 0.0, total))
-
-
-def mixture_kl_backward(
-    grad_kl: Tensor,
-    target: Tensor,
-    logits: Tensor,
-    weight: Tensor | None,
-    lse_target: Tensor,
-    lse: Tensor,
-    pull: Tensor,
-) -> Tensor:
-    """The gradient of the logits, (B, L, D, S): g_b w_d (p_l(s) pull_l - t_s r_ls)."""
-    log_t, log_p = row_log_prob(unread(target, weight), lse_target), row_log_prob(unread(logits, weight), lse)
-    t = torch.exp(log_t).mean(1)
-    slope = torch.exp(log_p) * pull[..., None] - t[:, None] * _responsibility(log_p)
-    slope = weighted(None if weight is None else weight[:, None, :, None], slope)
-    return (grad_kl[:, None, None, None] * slope).to(logits.dtype)
+    return divergence(log_marginal(unread(target, weight)), log_marginal(unread(logits, weight)), weight)

@@ -59,7 +59,7 @@ def _masked_class(x: Tensor, mask_id: int) -> Tensor:
     return torch.where(torch.arange(x.shape[-1], device=x.device) == mask_id, -math.inf, x)
 
 
-def _first_above(prefix: Tensor, target: Tensor, start: Tensor, width: int) -> Tensor:
+def first_above(prefix: Tensor, target: Tensor, start: Tensor, width: int) -> Tensor:
     """First index i >= start with prefix[i] > target, unsigned, by halving; `width`, a power of two, bounds i - start.
 
     prefix (N, C) rises within the width; target and start are (N, n).
@@ -75,8 +75,8 @@ def _first_above(prefix: Tensor, target: Tensor, start: Tensor, width: int) -> T
 def _draw(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Finite or -inf logits x (N, S), words a and b (N, n) -> classes (N, n) and their log-probabilities (N, n)."""
     rows, states = x.shape
-    width = min(CHUNK, _power_of_two(states))  # a row shorter than a chunk is one chunk all the same
-    chunks = _power_of_two(-(-states // width))
+    width = min(CHUNK, power_of_two(states))  # a row shorter than a chunk is one chunk all the same
+    chunks = power_of_two(-(-states // width))
     padded = torch.nn.functional.pad(x, (0, chunks * width - states), value=-math.inf).view(rows, chunks, width)
     chunk_max = padded.amax(-1)
     row_max = chunk_max.amax(-1, keepdim=True)
@@ -88,14 +88,14 @@ def _draw(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.exp2(61.0 - (torch.frexp(total).exponent - 1).double())
 
     chunk_prefix = (values * scale).to(torch.int64).cumsum(-1)
-    chunk = _first_above(chunk_prefix, multiply_high(a, chunk_prefix[:, -1:]), torch.zeros_like(a), chunks)
+    chunk = first_above(chunk_prefix, multiply_high(a, chunk_prefix[:, -1:]), torch.zeros_like(a), chunks)
     class_prefix = (e * 2.0**53).to(torch.int64).cumsum(-1)
     target = multiply_high(b, class_prefix[..., -1].gather(1, chunk))
-    token = _first_above(class_prefix.flatten(1), target, chunk * width, width)
+    token = first_above(class_prefix.flatten(1), target, chunk * width, width)
     return token, (x.gather(1, token).double() - row_max.double()) - total.log()
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
 
@@ -126,6 +126,7 @@ def sample(
     draws: int,
     stream: int,
     temperature: float,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """One or more draws per row; with x_t, the absorbing step (api.h: SampleArgs).
 
@@ -139,6 +140,7 @@ def sample(
         draws: n >= 0 draws per row, each with its own 128 bits.
         stream: number of the caller's stream.
         temperature: the logits are divided by it; 0 takes the largest, the smallest index on ties.
+        first: the position of row 0.
 
     Returns:
         tokens (B, n, D) int64, -1 for a bad row; log_prob (B, n, D) float32, NaN for a bad row, 0 where nothing
@@ -149,7 +151,7 @@ def sample(
         empty = logits.new_empty((batch, draws, length), dtype=torch.float32)
         return empty.to(torch.int64), empty
     key = keys[:, None, None]
-    position = torch.arange(length, device=logits.device)[None, :, None]
+    position = torch.arange(first, first + length, device=logits.device)[None, :, None]
     draw = torch.arange(draws, device=logits.device)[None, None, :]
     a, b = philox(key, position, draw, stream_word(stream, TOKEN))  # (B, D, n)
     rows = logits.reshape(batch * length, states)

@@ -1,0 +1,100 @@
+"""What the operator di4c::mixture_hidden is given, and how forward and backward go through it piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from di4c_ext.ops import native, pieces
+from di4c_ext.ops.logits import Hidden
+from di4c_ext.ops.mixture_op import Sizes
+from di4c_ext.ops.pieces import Buffer, Piece, Rows
+
+
+class Inputs(NamedTuple):
+    """The operator's tensors: three kinds of rows (B, N, D, .) with their heads, and what belongs to positions."""
+
+    logits: Tensor
+    logits_weight: Tensor | None
+    logits_bias: Tensor | None
+    teacher: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    target: Tensor | None
+    target_weight: Tensor | None
+    target_bias: Tensor | None
+    tokens: Tensor | None
+    inside: Tensor | None
+    weight: Tensor | None
+
+    def rows(self) -> tuple[Rows, Rows | None, Rows | None]:
+        """Logits, teacher and target, each a tensor of logits or a Hidden."""
+        x = _rows(self.logits, self.logits_weight, self.logits_bias)
+        teacher = None if self.teacher is None else _rows(self.teacher, self.teacher_weight, self.teacher_bias)
+        target = None if self.target is None else _rows(self.target, self.target_weight, self.target_bias)
+        return x, teacher, target
+
+    def kernels(self) -> native.Kernels | None:
+        return native.kernels(self.logits, self.teacher, self.target)
+
+    def whole(self) -> tuple[Piece, Tensor, Tensor | None, Tensor | None]:
+        """What the reference takes: everything as one piece, and its logits, teacher (B, D, S) and target."""
+        rows = self.rows()
+        piece = pieces.everything(rows[0], self.weight)
+        x, teacher, target = (pieces.logits_of(r, piece, Buffer([piece], r)) for r in rows)
+        assert x is not None
+        return piece, x, None if teacher is None else teacher.squeeze(1), target
+
+
+def _rows(data: Tensor, weight: Tensor | None, bias: Tensor | None) -> Rows:
+    return data if weight is None else Hidden(data, weight, bias)
+
+
+class Pass:
+    """What forward and backward do alike with one piece after the other."""
+
+    def __init__(self, given: Inputs, chunk_bytes: int, kept: Tensor, kept_target: Tensor) -> None:
+        self.given, self._kept, self._kept_target = given, kept, kept_target
+        self.x, self._teacher, self._target = given.rows()
+        inside = None if given.target is None else given.inside
+        self.cut = pieces.cut([self.x, self._teacher, self._target], given.weight, inside, chunk_bytes)
+        self._buffers = [Buffer(self.cut.pieces, rows) for rows in (self._teacher, self._target)]
+
+    def sizes(self, b: int, d: int, target: Rows | None) -> Sizes:
+        _, L, _, S = self.x.shape
+        tokens = self.given.tokens
+        return Sizes(b, L, d, S, 0 if tokens is None else tokens.shape[1], 0 if target is None else target.shape[1])
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor | None, Tensor | None]]:
+        """Each piece, its place (b L c, S) among the logits kept and (b c, S) among the targets kept, if it has one."""
+        used = used_target = 0
+        for piece in self.cut.pieces:
+            place, used = _next(self._kept, used, piece.size * self.x.shape[1])
+            wanted = 0 if piece.inside else piece.size
+            place_target, used_target = _next(self._kept_target, used_target, wanted)
+            yield piece, place, place_target
+
+    def teacher(self, piece: Piece) -> Tensor | None:
+        """(b, 1, c, S) of the piece."""
+        return pieces.logits_of(self._teacher, piece, self._buffers[0])
+
+    def target(self, piece: Piece) -> Tensor | None:
+        """(b, T, c, S) of the piece, where it is looked at."""
+        return None if piece.inside else pieces.logits_of(self._target, piece, self._buffers[1])
+
+    def positions(self, piece: Piece) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The piece's tokens (b, K, c), inside (b,) and weight (b, c)."""
+        tokens, inside, weight = self.given.tokens, self.given.inside, self.cut.weight
+        return (
+            None if tokens is None else piece.take(tokens),
+            None if inside is None else inside[piece.samples],
+            None if weight is None else weight[piece.samples, piece.start : piece.stop],
+        )
+
+
+def _next(kept: Tensor, used: int, rows: int) -> tuple[Tensor | None, int]:
+    """So many rows of `kept` after those used, if there are as many and any are wanted; how many are used then."""
+    end = used + rows
+    return (kept[used:end], end) if rows > 0 and end <= kept.shape[0] else (None, used)
