@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
-SECONDS = 1.5  # aimed at for the rounds of one measurement
+SECONDS = 0.5  # aimed at for the rounds of one measurement
+LAUNCH_BOUND = 5e-4  # seconds: below it a call on a GPU is also captured in a graph and replayed
 
 
 class Meter:
@@ -24,37 +28,73 @@ class Meter:
     def __init__(self, benchmark: Any, device: torch.device) -> None:
         self._benchmark, self._device = benchmark, device
 
-    def __call__(self, group: str, name: str, call: Callable[[], Any], floor_bytes: int) -> None:
+    def __call__(
+        self,
+        group: str,
+        name: str,
+        call: Callable[[], Any],
+        floor_bytes: int | None = None,
+        *,
+        at_least: Mapping[str, float] | None = None,
+        growth_limit: float | None = None,
+        may_fail: bool = False,
+        graph: bool = True,
+    ) -> None:
         """Times `call` and records it.
 
         Args:
             group: what is computed, of which shape; rows of a group are compared.
             name: the implementation: "di4c" or a peer.
             call: does the work once; its result is dropped.
-            floor_bytes: the least that must cross memory: each input read once, each output written once.
+            floor_bytes: the least that must cross memory: each input read once, each output written once. None: the
+                call is no business of memory alone, a network's step for one.
+            at_least: what this row promises on a CPU: by the name of another row of the group, how many times as many
+                bytes of the floor it moves in a second.
+            growth_limit: bytes of memory that one call may take on top of its inputs, a promise too.
+            may_fail: a peer's; an exception becomes a row that says so.
+            graph: whether replaying a captured graph makes sense; not where the call captures one itself.
         """
-        run = self._synchronised(call)
-        run()  # warm-up: compilation, allocators, page faults
-        start = time.perf_counter()
-        growth = _memory_growth(run, self._device)
-        rounds = max(3, min(50, int(SECONDS / (time.perf_counter() - start))))
+        try:
+            run = self._synchronised(call)
+            run()  # warm-up: compilation, allocators, page faults
+            start = time.perf_counter()
+            growth = memory_growth(run, self._device)
+            once = time.perf_counter() - start
+        except Exception as error:
+            if not may_fail:
+                raise
+            self.absent(group, name, f"fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        rounds = max(3 if once < 0.5 else 2, min(50, int(SECONDS / once)))
         self._benchmark.group = group
         self._benchmark.pedantic(run, rounds=rounds)
+        graph_seconds = None
         if self._device.type == "cuda":
-            seconds = statistics.median(_events(call, rounds))
+            seconds = statistics.median(_events(call, max(rounds, 10)))
+            if graph and seconds < LAUNCH_BOUND:
+                graph_seconds = _graph_seconds(call)
         else:
             seconds = self._benchmark.stats.stats.min  # whatever else the machine does only ever adds
         row = {
             "group": group,
             "name": name,
             "ms": seconds * 1e3,
-            "floor_mb": floor_bytes / 1e6,
-            "gb_per_s": floor_bytes / seconds / 1e9,
-            "times_copy": seconds / floor_bytes * _copy_speed(self._device),
+            "graph_ms": None if graph_seconds is None else graph_seconds * 1e3,
+            "floor_mb": None if floor_bytes is None else floor_bytes / 1e6,
             "growth_mb": None if growth is None else growth / 1e6,
+            "growth_limit_mb": None if growth_limit is None else growth_limit / 1e6,
+            "at_least": dict(at_least or {}),
         }
+        if floor_bytes is not None:
+            best = seconds if graph_seconds is None else min(seconds, graph_seconds)
+            row["gb_per_s"] = floor_bytes / best / 1e9
+            row["of_copy"] = row["gb_per_s"] * 1e9 / copy_speed(self._device)
         self._benchmark.extra_info.update(row)
         Meter.rows.append(row)
+
+    def absent(self, group: str, name: str, why: str) -> None:
+        """Records a peer that cannot be measured here, so that no table leaves it out in silence; ends the test."""
+        Meter.rows.append({"group": group, "name": name, "note": why})
+        pytest.skip(f"{name}: {why}")
 
     def _synchronised(self, call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -65,9 +105,15 @@ class Meter:
         return run
 
 
+@lru_cache
+def _scrub() -> Tensor:
+    """A tensor larger than any second-level cache, written between two rounds."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+
 def _events(call: Callable[[], Any], rounds: int) -> list[float]:
     """Seconds of each round on the device, its caches emptied before each, without a stop of the host between."""
-    scrub = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+    scrub = _scrub()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in pairs:
         scrub.zero_()
@@ -78,23 +124,47 @@ def _events(call: Callable[[], Any], rounds: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
+def _graph_seconds(call: Callable[[], Any]) -> float | None:
+    """Seconds of a replay of the call's graph: the device's work without the host's; None where it has none."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # a peer that waits for the device, or draws from a generator that no graph knows
+        torch.cuda.synchronize()
+        return None
+    return statistics.median(_events(graph.replay, 20))
+
+
 @lru_cache
-def _copy_speed(device: torch.device) -> float:
-    """Bytes per second of a copy, read and written together, of 128 MB: more than any cache holds."""
-    source = torch.zeros(128 << 20, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
+def copy_speed(device: torch.device) -> float:
+    """Bytes per second of a copy, read and written together, between two warm tensors that no cache holds."""
+    source = torch.empty((1 << 30) if device.type == "cuda" else (128 << 20), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source).fill_(2)
     if device.type == "cuda":
         return 2 * source.numel() / statistics.median(_events(lambda: target.copy_(source), 20))
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * source.numel() / min(times)
+    return 2 * source.numel() / min(_clock(lambda: target.copy_(source)) for _ in range(20))
 
 
-def _memory_growth(run: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes by which memory grew at its peak during one run; None where the system does not tell."""
+def _clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def memory_growth(run: Callable[[], None], device: torch.device) -> int | None:
+    """Bytes by which memory grew at its peak during one run; None where the system does not tell.
+
+    On a CPU: peak resident size, after what the C library keeps of freed memory is given back; without that, all that
+    fits into it (up to 32 MB) would go unseen. Good to 0.2 MB, see bench_machine.py.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -102,11 +172,12 @@ def _memory_growth(run: Callable[[], None], device: torch.device) -> int | None:
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         before = _status("VmRSS")
         run()
         return max(0, _status("VmHWM") - before)
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -115,9 +186,9 @@ def _status(field: str) -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
-def nbytes(*tensors: Tensor) -> int:
+def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements of all these tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def shape_name(*sizes: int) -> str:
