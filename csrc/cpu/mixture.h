@@ -10,6 +10,7 @@
 namespace di4c::cpu::DI4C_ISA {
 
 constexpr float kTiny = 1e-30f;
+constexpr int64_t kTableBytes = 640 << 10;  // of a few positions' probabilities, which are to stay in the second cache
 
 static inline bool is_inside(const uint8_t* inside, int64_t b) { return inside && inside[b] != 0; }
 static inline int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
@@ -31,21 +32,42 @@ class Arena {
   size_t used_ = 0;
 };
 
+// What is kept of a few successive positions, a line of them to each of `count` (plane, row) pairs. In memory those
+// lines lie D apart, at worst all in one set of the cache, so they are read and written whole.
+struct Lines {
+  int64_t count;
+  float* values;  // (count, kPositions)
+
+  Lines(Arena& arena, int64_t n) : count(n), values(arena.take<float>(n * kPositions)) {}
+  float& at(int64_t i, int64_t position) const { return values[i * kPositions + position]; }
+
+  // Positions d .. d + n of planes (count / rows, B, rows, D).
+  void write(float* planes, int64_t rows, int64_t B, int64_t D, int64_t b, int64_t d, int64_t n) const {
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(planes + ((i / rows * B + b) * rows + i % rows) * D + d, &at(i, 0), static_cast<size_t>(n) * 4);
+  }
+  void read(const float* planes, int64_t rows, int64_t B, int64_t D, int64_t b, int64_t d, int64_t n) const {
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(&at(i, 0), planes + ((i / rows * B + b) * rows + i % rows) * D + d, static_cast<size_t>(n) * 4);
+  }
+};
+
 // One position's rows of some logits, their normalisers among them.
 struct Rows {
-  int64_t count;
-  Row* row;
-  Norm* norm;
+  int64_t count = 0;
+  Row* row = nullptr;
+  Norm* norm = nullptr;
 
+  Rows() = default;
   Rows(Arena& arena, int64_t n) : count(n), row(arena.take<Row>(n)), norm(arena.take<Norm>(n)) {}
   void find(const Logits& x, int64_t S, int64_t b, int64_t d) const {
     for (int64_t i = 0; i < count; ++i) row[i] = row_at(x, S, b, i, d);
   }
-  void recall(const float* planes, int64_t B, int64_t D, int64_t b, int64_t d) const {
-    for (int64_t i = 0; i < count; ++i) norm[i] = kept(planes, B * count * D, (b * count + i) * D + d);
+  void recall(const Lines& planes, int64_t at) const {
+    for (int64_t i = 0; i < count; ++i) norm[i] = {planes.at(i, at), planes.at(count + i, at)};
   }
-  void keep_all(float* planes, int64_t B, int64_t D, int64_t b, int64_t d) const {
-    for (int64_t i = 0; i < count; ++i) keep(norm[i], planes, B * count * D, (b * count + i) * D + d);
+  void keep_all(const Lines& planes, int64_t at) const {
+    for (int64_t i = 0; i < count; ++i) planes.at(i, at) = norm[i].max, planes.at(count + i, at) = norm[i].log_sum;
   }
 };
 
@@ -126,12 +148,19 @@ struct Runs {
   int64_t end(int64_t first) const { return first + length < positions ? first + length : positions; }
 };
 
-// Asks for a row that is read next, or its first few KiB: the processor sees the rest coming.
+// Asks for a row that is read soon, or its first few KiB: the processor sees the rest coming.
 static inline void prefetch(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {
   constexpr int64_t kMost = 8192;
   const int64_t offset = b * x.stride_b + l * x.stride_l + d * x.stride_d, bytes = row_bytes(x.dtype, S);
   const char* row = static_cast<const char*>(x.data) + offset * (x.dtype == kFloat32 || x.dtype == kLogistic ? 4 : 2);
   for (int64_t i = 0; i < bytes && i < kMost; i += 64) __builtin_prefetch(row + i);
+}
+
+// A few successive positions are read latent by latent, since a latent's rows of them lie side by side in memory: how
+// many, so that the probabilities of all their rows stay in the cache; 1 where those of one do not.
+static inline int64_t group_of(int64_t L, int64_t S) {
+  const int64_t n = kTableBytes / (L * padded(S) * 4);
+  return n < 1 ? 1 : n < kPositions ? n : kPositions;
 }
 
 }  // namespace di4c::cpu::DI4C_ISA

@@ -40,6 +40,7 @@ struct Backward {
   const bool past;  // the caches
   const int columns, stride, strips;
   Rows logits, teacher, target;
+  Lines lse, lse_teacher, lse_target, pulls;  // of a few positions
   Tokens tokens;
   float *slope;               // (L): A_l
   float *e, *mass, *rho, *t, *out, *buffer;  // (L, stride), (columns) each, (kChunk) each
@@ -56,7 +57,8 @@ struct Backward {
         past(x.grad != x.logits.data && x.B * L * x.D * row_bytes(dtype, S) >= kStreamBytes),
         columns(x.teacher.data || x.T > 0 ? columns_of(L) : kChunk), stride(columns + W),
         strips(static_cast<int>(ceil_div(S, columns))), logits(arena, L), teacher(arena, x.teacher.data ? 1 : 0),
-        target(arena, x.T), tokens(arena, L, x.K) {
+        target(arena, x.T), lse(arena, 2 * L), lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T),
+        pulls(arena, x.teacher.data || x.T > 0 ? 2 * L : 0), tokens(arena, L, x.K) {
     slope = arena.take<float>(L);
     e = arena.take<float>(x.teacher.data || x.T > 0 ? L * stride : 0);
     mass = arena.take<float>(columns);
@@ -69,7 +71,20 @@ struct Backward {
     head = arena.take<LogisticSum>(dtype == kLogistic ? L : 0);
   }
 
-  void position(int64_t b, int64_t d) {
+  // Positions first .. end of all B D, at most kPositions of them.
+  void run(int64_t first, int64_t end) {
+    for (int64_t i = first; i < end;) {
+      const int64_t b = i / args.D, d = i % args.D, n = end - i < args.D - d ? end - i : args.D - d;
+      lse.read(args.lse, L, args.B, args.D, b, d, n);
+      lse_teacher.read(args.lse_teacher, 1, args.B, args.D, b, d, n);
+      lse_target.read(args.lse_target, args.T, args.B, args.D, b, d, n);
+      pulls.read(args.pull, L, args.B, args.D, b, d, n);
+      for (int64_t at = 0; at < n; ++at) position(b, d + at, at);
+      i += n;
+    }
+  }
+
+  void position(int64_t b, int64_t d, int64_t at) {
     const float w = weight_at(args.weight, b * args.D + d);
     if (w == 0) {
       for (int64_t l = 0; l < L; ++l) zero_row(args.grad, dtype, row_of(b, l, d), S);
@@ -81,25 +96,22 @@ struct Backward {
     const float same = distils ? w * parts[kDistillation * args.B] / static_cast<float>(L) : 0.0f;
     const float to_teacher = args.teacher.data ? w * parts[kMarginalTeacher * args.B] : 0.0f;
     const float to_target = aims ? w * parts[kMarginalTarget * args.B] : 0.0f;
-    if (d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0)
-      for (int64_t l = 0; l < L; ++l) prefetch(args.logits, S, b, l, d + 1);
     logits.find(args.logits, S, b, d);
-    logits.recall(args.lse, args.B, args.D, b, d);
-    const int64_t plane = args.B * L * args.D;
+    logits.recall(lse, at);
     for (int64_t l = 0; l < L; ++l) {
       slope[l] = same;
-      if (to_teacher != 0) slope[l] = fmaf(to_teacher, args.pull[row_of(b, l, d)], slope[l]);
-      if (to_target != 0) slope[l] = fmaf(to_target, args.pull[plane + row_of(b, l, d)], slope[l]);
+      if (to_teacher != 0) slope[l] = fmaf(to_teacher, pulls.at(l, at), slope[l]);
+      if (to_target != 0) slope[l] = fmaf(to_target, pulls.at(L + l, at), slope[l]);
     }
     if (args.K > 0) find_coefficients(b, d, w);
     for (int64_t l = 0; l < L && dtype == kLogistic; ++l) head[l] = {};
     if (same != 0 || to_teacher != 0) {
       teacher.find(args.teacher, S, b, d);
-      teacher.recall(args.lse_teacher, args.B, args.D, b, d);
+      teacher.recall(lse_teacher, at);
     }
     if (to_target != 0) {
       target.find(args.target, S, b, d);
-      target.recall(args.lse_target, args.B, args.D, b, d);
+      target.recall(lse_target, at);
     }
     if (same == 0 && to_teacher == 0 && to_target == 0)
       for (int64_t l = 0; l < L; ++l)
@@ -275,7 +287,7 @@ struct Backward {
 void mixture_backward(const MixtureBackwardArgs& args, int threads) {
   if (args.L <= 0 || args.S <= 0) return;
   if (is_short(args)) return short_backward(args, threads);
-  constexpr int64_t kRun = 1 << 16;  // elements that a task takes at least, and at most a block of positions
+  constexpr int64_t kRun = 1 << 17;  // elements that a task takes at least, and at most a block of positions
   const int64_t rows = 2 * args.L + args.T, per_position = rows * args.S + args.L * args.K + 1;
   const int64_t length = per_position > kRun ? 1 : kRun / per_position < kPositions ? kRun / per_position : kPositions;
   const Runs runs(args.B * args.D, length, threads);
@@ -283,7 +295,7 @@ void mixture_backward(const MixtureBackwardArgs& args, int threads) {
            [&](int64_t task, void* memory) {
     Backward backward(args, memory);
     const int64_t first = runs.first(task);
-    for (int64_t i = first; i < runs.end(first); ++i) backward.position(i / args.D, i % args.D);
+    backward.run(first, runs.end(first));
     fence();
   });
 }

@@ -12,8 +12,16 @@
 namespace di4c::cpu::DI4C_ISA {
 namespace {
 
-constexpr int64_t kTableBytes = 512 << 10;
 constexpr int kColumns = 64;  // whose masses are added up in registers
+
+// What is known of one position once its rows have been read.
+struct Position {
+  Rows logits;
+  Tokens tokens;
+  double *sum, *log_sum;        // (padded L)
+  float *chunk_max, *e, *centred;  // (L, chunks), (L, stride), (wide)
+  double w;
+};
 
 struct Forward {
   const MixtureArgs& args;
@@ -21,10 +29,13 @@ struct Forward {
   const bool divergent, divided;           // any part is wanted; teacher or target is there, and pull
   const int64_t S, L, chunks, wide, stride;  // wide: S padded; stride: between rows of e
   const bool table;                        // e holds whole rows, not strips
-  Rows logits, teacher, target;
-  Tokens tokens;
-  double *sum, *log_sum, *a, *total;  // (L), (L), (L, Kp), (L + 1, Kp)
-  float *chunk_max, *e, *t, *g, *one, *centred, *room;  // (L, chunks), (L, stride), (wide) each
+  const int64_t group;                     // positions whose rows are read together
+  Position read_positions[kPositions], *here;
+  Rows teacher, target;
+  Lines lse, lse_teacher, lse_target, pulls, rows;  // of the block's positions
+  const int64_t Kp;
+  double *a, *total;              // (L, Kp), (L + 1, Kp)
+  float *t, *g, *one, *room;      // (wide) each
   double* pull;                       // (2, L)
   double* offset;                     // (chunks): what `centred` lacks of a sum of log-probabilities
   double part[kParts];
@@ -34,19 +45,26 @@ struct Forward {
       : args(x), arena(memory), divergent(x.teacher.data || x.T > 0 || x.information),
         divided(x.teacher.data || x.T > 0), S(x.S), L(x.L), chunks(ceil_div(S, kChunk)), wide(padded(S)),
         stride((L * wide * 4 <= kTableBytes ? wide : kChunk) + W), table(L * wide * 4 <= kTableBytes),
-        logits(arena, L), teacher(arena, x.teacher.data ? 1 : 0), target(arena, x.T), tokens(arena, L, x.K) {
-    sum = arena.take<double>(padded(L));
-    log_sum = arena.take<double>(padded(L));
-    a = arena.take<double>(L * tokens.Kp);
-    total = arena.take<double>((L + 1) * tokens.Kp);
+        group(divergent ? group_of(L, S) : kPositions), here(read_positions), teacher(arena, x.teacher.data ? 1 : 0), target(arena, x.T), lse(arena, 2 * L),
+        lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T), pulls(arena, divided ? 2 * L : 0),
+        rows(arena, kParts), Kp(Tokens::pad(x.K)) {
+    for (int64_t i = 0; i < group; ++i) {
+      Position& p = read_positions[i];
+      p.logits = Rows(arena, L);
+      p.tokens = Tokens(arena, L, x.K);
+      p.sum = arena.take<double>(padded(L));
+      p.log_sum = arena.take<double>(padded(L));
+      p.chunk_max = arena.take<float>(L * chunks);
+      p.e = arena.take<float>(divergent ? L * stride : 0);
+      p.centred = arena.take<float>(x.teacher.data ? wide : 0);
+    }
+    a = arena.take<double>(L * Kp);
+    total = arena.take<double>((L + 1) * Kp);
     pull = arena.take<double>(2 * L);
     offset = arena.take<double>(chunks);
-    chunk_max = arena.take<float>(L * chunks);
-    e = arena.take<float>(divergent ? L * stride : 0);
     t = arena.take<float>(x.teacher.data ? wide : 0);
     g = arena.take<float>(x.T > 0 ? wide : 0);
     one = arena.take<float>(x.T > 1 ? wide : 0);
-    centred = arena.take<float>(x.teacher.data ? wide : 0);
     room = arena.take<float>(x.logits.dtype == kLogistic ? wide : 0);
     mass = arena.take<float>(kChunk);
     share = arena.take<float>(kChunk);
@@ -56,104 +74,130 @@ struct Forward {
   bool distils(int64_t b) const { return args.teacher.data && (!args.inside || is_inside(args.inside, b)); }
   bool aims(int64_t b) const { return args.T > 0 && !is_inside(args.inside, b); }
 
-  void keep_rows(int64_t b, int64_t d) const {
-    logits.keep_all(args.lse, args.B, args.D, b, d);
-    if (teacher.count) teacher.keep_all(args.lse_teacher, args.B, args.D, b, d);
-    if (target.count) target.keep_all(args.lse_target, args.B, args.D, b, d);
-    for (int q = 0; q < kParts; ++q) args.row[(q * args.B + b) * args.D + d] = static_cast<float>(part[q]);
-    for (int64_t i = 0; i < 2 * L && divided; ++i)
-      args.pull[((i / L * args.B + b) * L + i % L) * args.D + d] = static_cast<float>(pull[i]);
+  // All that is written of positions first .. end.
+  void block(int64_t b, int64_t first, int64_t end, double* work) {
+    for (int64_t i = 0; i < (L + 1) * Kp; ++i) total[i] = 0;
+    for (int64_t d = first; d < end; d += group) {
+      const int64_t n = end - d < group ? end - d : group;
+      read_components(b, d, n);
+      for (int64_t i = 0; i < n; ++i) {
+        here = read_positions + i;
+        position(b, d + i);
+        const int64_t at = d + i - first;
+        here->logits.keep_all(lse, at);
+        teacher.keep_all(lse_teacher, at);
+        target.keep_all(lse_target, at);
+        for (int64_t q = 0; q < kParts; ++q) rows.at(q, at) = static_cast<float>(part[q]);
+        for (int64_t l = 0; l < pulls.count; ++l) pulls.at(l, at) = static_cast<float>(pull[l]);
+      }
+    }
+    lse.write(args.lse, L, args.B, args.D, b, first, end - first);
+    lse_teacher.write(args.lse_teacher, 1, args.B, args.D, b, first, end - first);
+    lse_target.write(args.lse_target, args.T, args.B, args.D, b, first, end - first);
+    pulls.write(args.pull, L, args.B, args.D, b, first, end - first);
+    rows.write(args.row, 1, args.B, args.D, b, first, end - first);
+    for (int64_t l = 0; l <= L; ++l)
+      for (int64_t k = 0; k < args.K; ++k) work[l * args.K + k] = total[l * Kp + k];
   }
 
-  void position(int64_t b, int64_t d, double w) {
+  // Normalisers and exponentials of the L rows of positions d .. d + n, their logits at the tokens, and the sums of
+  // logits less chunk maxima.
+  void read_components(int64_t b, int64_t d, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      Position& p = read_positions[i];
+      p.w = weight_at(args.weight, b * args.D + d + i);
+      for (int64_t l = 0; l < L; ++l) p.logits.norm[l] = {};
+      if (p.w == 0) continue;
+      p.logits.find(args.logits, S, b, d + i);
+      if (args.K > 0) p.tokens.find(args, b, d + i);
+    }
+    for (int64_t l = 0; l < L; ++l)
+      for (int64_t i = 0; i < n; ++i)
+        if (read_positions[i].w != 0) read_row(read_positions[i], l, distils(b));
+    for (int64_t i = 0; i < n; ++i) {
+      const Position& p = read_positions[i];
+      if (p.w == 0) continue;
+      for (int64_t l = L; l < padded(L); ++l) p.sum[l] = 1;
+      for (int64_t l = 0; l < L; l += W / 2) store(p.log_sum + l, log_from_one(load(p.sum + l)));
+      for (int64_t l = 0; l < L; ++l) p.logits.norm[l].log_sum = static_cast<float>(p.log_sum[l]);
+    }
+  }
+
+  void read_row(const Position& p, int64_t l, bool centre) {
+    const Row row = computed(p.logits.row[l], room);
+    const float* floats = nullptr;  // the whole row where one chunk is all
+    const RowSum found = sum_row(row, buffer, table && divergent ? p.e + l * stride : nullptr,
+                                 p.chunk_max + l * chunks, [&](int64_t start, int n, const float* x, float m) {
+      if (chunks == 1) floats = x;
+      if (!centre) return;
+      const f32 shift = set(m == -kInf ? 0.0f : m);
+      float* to = p.centred + start;
+      if (l == 0)
+        each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, v - shift); });
+      else
+        each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, load(to + i) + (v - shift)); });
+    });
+    if (args.K > 0) p.tokens.gather(l, row, floats);
+    p.logits.norm[l].max = found.max;
+    p.sum[l] = found.sum;
+  }
+
+  void position(int64_t b, int64_t d) {
     for (double& p : part) p = 0;
     for (int64_t i = 0; i < 2 * L; ++i) pull[i] = 0;
-    for (int64_t i = 0; i < L; ++i) logits.norm[i] = {};
     for (int64_t i = 0; i < teacher.count; ++i) teacher.norm[i] = {};
     for (int64_t i = 0; i < target.count; ++i) target.norm[i] = {};
-    if (w != 0) {
-      if (args.teacher.data) {
-        teacher.find(args.teacher, S, b, d);
-        mean_probabilities(teacher, S, buffer, one, t);
-      }
-      if (aims(b)) {
-        target.find(args.target, S, b, d);
-        mean_probabilities(target, S, buffer, one, g);
-      }
-      read_components(b, d);
-      if (args.K > 0) add_tokens(w);
-      if (divergent) add_divergences(b);
+    if (here->w == 0) return;
+    if (args.teacher.data) {
+      teacher.find(args.teacher, S, b, d);
+      mean_probabilities(teacher, S, buffer, one, t);
     }
-    keep_rows(b, d);
-  }
-
-  // Normalisers and exponentials of the L rows, their logits at the tokens, and the sum of logits less chunk maxima.
-  void read_components(int64_t b, int64_t d) {
-    logits.find(args.logits, S, b, d);
-    if (args.K > 0) tokens.find(args, b, d);
-    const bool centre = distils(b), ahead = d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0;
-    for (int64_t l = 0; l < L; ++l) {
-      if (ahead) prefetch(args.logits, S, b, l, d + 1);
-      const Row row = computed(logits.row[l], room);
-      const float* floats = nullptr;  // the whole row where one chunk is all
-      const RowSum found = sum_row(row, buffer, table && divergent ? e + l * stride : nullptr, chunk_max + l * chunks,
-                                   [&](int64_t start, int n, const float* x, float m) {
-        if (chunks == 1) floats = x;
-        if (!centre) return;
-        const f32 shift = set(m == -kInf ? 0.0f : m);
-        float* to = centred + start;
-        if (l == 0)
-          each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, v - shift); });
-        else
-          each(x, n, 0.0f, DI4C_EACH(int, int i, int, f32 v) { store(to + i, load(to + i) + (v - shift)); });
-      });
-      if (args.K > 0) tokens.gather(l, row, floats);
-      logits.norm[l].max = found.max;
-      sum[l] = found.sum;
+    if (aims(b)) {
+      target.find(args.target, S, b, d);
+      mean_probabilities(target, S, buffer, one, g);
     }
-    for (int64_t l = L; l < padded(L); ++l) sum[l] = 1;
-    for (int64_t l = 0; l < L; l += W / 2) store(log_sum + l, log_from_one(load(sum + l)));
-    for (int64_t l = 0; l < L; ++l) logits.norm[l].log_sum = static_cast<float>(log_sum[l]);
+    if (args.K > 0) add_tokens(here->w);
+    if (divergent) add_divergences(b);
   }
 
   void add_tokens(double w) {
     const f64 none = set(-static_cast<double>(kInf)), log_count = set(::log(static_cast<double>(L)));
-    for (int64_t k = 0; k < tokens.Kp; k += W) {
+    for (int64_t k = 0; k < Kp; k += W) {
       f64 top[2] = {none, none};
       for (int64_t l = 0; l < L; ++l) {
-        const f32 x = load(tokens.x + l * tokens.Kp + k);
+        const f32 x = load(here->tokens.x + l * Kp + k);
         for (int h = 0; h < 2; ++h) {
-          const f64 now = (widen(x, h) - static_cast<double>(logits.norm[l].max)) - log_sum[l];
-          store(a + l * tokens.Kp + k + h * W / 2, now);
+          const f64 now = (widen(x, h) - static_cast<double>(here->logits.norm[l].max)) - here->log_sum[l];
+          store(a + l * Kp + k + h * W / 2, now);
           top[h] = (now > top[h]) | (now != now) ? now : top[h];
         }
       }
       f32 mass_k = {};
       for (int64_t l = 0; l < L; ++l) {
-        const double* now = a + l * tokens.Kp + k;
+        const double* now = a + l * Kp + k;
         mass_k += exp_nonpos(narrow(load(now) - top[0], load(now + W / 2) - top[1]));
       }
       for (int h = 0; h < 2; ++h) {
         const int64_t at = k + h * W / 2;
         const auto dead = top[h] == none;  // no component has the token: -inf in joint, nothing in correlation
         const f64 lme = dead ? none : top[h] + (log_from_one(widen(mass_k, h)) - log_count);
-        store(total + L * tokens.Kp + at, load(total + L * tokens.Kp + at) + w * lme);
+        store(total + L * Kp + at, load(total + L * Kp + at) + w * lme);
         for (int64_t l = 0; l < L; ++l) {
-          double* to = total + l * tokens.Kp + at;
-          store(to, load(to) + (dead ? f64{} : w * (load(a + l * tokens.Kp + at) - lme)));
+          double* to = total + l * Kp + at;
+          store(to, load(to) + (dead ? f64{} : w * (load(a + l * Kp + at) - lme)));
         }
       }
     }
     for (int64_t k = 0; k < args.K; ++k)
-      if (tokens.outside[k]) total[L * tokens.Kp + k] = total[k] = __builtin_nan("");
+      if (here->tokens.outside[k]) total[L * Kp + k] = total[k] = __builtin_nan("");
   }
 
   void add_divergences(int64_t b) {
     for (int64_t c = 0; c < chunks; ++c) {
       offset[c] = 0;
-      for (int64_t l = 0; l < L; ++l) offset[c] += (chunk_max[l * chunks + c] - logits.norm[l].max) - log_sum[l];
+      for (int64_t l = 0; l < L; ++l) offset[c] += (here->chunk_max[l * chunks + c] - here->logits.norm[l].max) - here->log_sum[l];
     }
-    for (int64_t l = 0; l < L && table; ++l) chunk_factors(chunk_max + l * chunks, chunks, logits.norm[l], 1.0f);
+    for (int64_t l = 0; l < L && table; ++l) chunk_factors(here->chunk_max + l * chunks, chunks, here->logits.norm[l], 1.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t start = c * kChunk;
       const int n = min_int(S - start, kChunk);
@@ -183,15 +227,15 @@ struct Forward {
   };
 
   Strip probabilities(int64_t c, int64_t start, int n) {
-    if (table) return {e + start, chunk_max + c, chunks};
+    if (table) return {here->e + start, here->chunk_max + c, chunks};
     for (int64_t l = 0; l < L; ++l) {
-      const Norm norm = logits.norm[l];
-      float* to = e + l * stride;
-      each(read(logits.row[l], start, n, buffer), n, -kInf,
+      const Norm norm = here->logits.norm[l];
+      float* to = here->e + l * stride;
+      each(read(here->logits.row[l], start, n, buffer), n, -kInf,
            DI4C_EACH(int, int i, int, f32 v) { store(to + i, exp_nonpos(v - norm.max - norm.log_sum)); });
     }
     static const float kOne = 1.0f;
-    return {e, &kOne, 0};
+    return {here->e, &kOne, 0};
   }
 
   // mass(s) of the strip; true if any is tiny.
@@ -241,7 +285,7 @@ struct Forward {
     f32 now[U] = {};
     each(x, n, -kInf, DI4C_EACH(int u, int j, int count, f32 v) {
       const f32 log_t = v - norm.max - norm.log_sum, q = load(t + start + j, count, 0.0f);
-      const f32 mean = fma(load(centred + start + j, count, 0.0f), inverse, set(offset));
+      const f32 mean = fma(load(here->centred + start + j, count, 0.0f), inverse, set(offset));
       const f32 term = (mean == -kInf) & (log_t > -kInf) ? set(kInf) : q == 0.0f ? f32{} : q * (log_t - mean);
       now[u] += term + (load(mass + j, count, 0.0f) * inverse - q);
     });
@@ -251,11 +295,11 @@ struct Forward {
   // The tiny lanes of columns [start, start + n), through logarithms. A class that nobody has, as masked ones are, is
   // seen to be nothing before any are taken.
   void add_far(int64_t b, int64_t start, int j, int n) {
-    const Lanes tiny = tiny_lanes(mass + j, n), top = largest(logits, start, n);
+    const Lanes tiny = tiny_lanes(mass + j, n), top = largest(here->logits, start, n);
     const bool found = any(top, tiny) || (args.teacher.data && any(largest(teacher, start, n), tiny)) ||
                        (aims(b) && any(largest(target, start, n), tiny));
     if (!found) return;
-    const LogMean mean = log_mean(logits, top, start, n);
+    const LogMean mean = log_mean(here->logits, top, start, n);
     const auto against = [&](const Rows& source, double& kl, double* to) {
       const LogMean log_t = log_mean(source, largest(source, start, n), start, n);
       f32 q[U], terms[U];
@@ -268,7 +312,7 @@ struct Forward {
       }
       kl += sum_block(terms);
       for (int64_t l = 0; l < L && to; ++l) {
-        Lanes shares = relative(logits, l, top, start, n);
+        Lanes shares = relative(here->logits, l, top, start, n);
         for (int u = 0; u < U; ++u) shares.v[u] *= q[u];
         to[l] += sum_block(shares.v);
       }
@@ -276,7 +320,7 @@ struct Forward {
     if (args.teacher.data) against(teacher, part[kMarginalTeacher], pull);
     if (aims(b)) against(target, part[kMarginalTarget], pull + L);
     if (args.information) {
-      Rows first = logits;
+      Rows first = here->logits;
       first.count = 1;
       against(first, part[kInformation], nullptr);
     }
@@ -292,14 +336,9 @@ void mixture_positions(const MixtureArgs& args, int threads) {
   const int64_t rows = args.L + args.T + (args.teacher.data ? 1 : 0);
   const int64_t elements = args.B * args.D * (rows * args.S + args.L * args.K);
   parallel(args.B * blocks, threads, elements, Forward(args, nullptr).arena.used(), [&](int64_t task, void* memory) {
-    Forward forward(args, memory);
-    const int64_t b = task / blocks, first = task % blocks * kPositions, Kp = forward.tokens.Kp;
+    const int64_t b = task / blocks, first = task % blocks * kPositions;
     const int64_t end = first + kPositions < args.D ? first + kPositions : args.D;
-    for (int64_t i = 0; i < (args.L + 1) * Kp; ++i) forward.total[i] = 0;
-    for (int64_t d = first; d < end; ++d) forward.position(b, d, weight_at(args.weight, b * args.D + d));
-    for (int64_t l = 0; l <= args.L; ++l)
-      for (int64_t k = 0; k < args.K; ++k)
-        args.work[(task * (args.L + 1) + l) * args.K + k] = forward.total[l * Kp + k];
+    Forward(args, memory).block(b, first, end, args.work + task * (args.L + 1) * args.K);
   });
 }
 

@@ -80,18 +80,16 @@ struct ShortRows {
     close();
   }
 
-  void recall(const float* planes, int64_t B, int64_t D, int64_t b, int64_t d) {
+  void recall(const Lines& planes, int64_t at) {
     for (int64_t i = 0; i < count; ++i) {
-      const Norm norm = kept(planes, B * count * D, (b * count + i) * D + d);
-      max[i] = norm.max;
-      exact[i] = log_sum[i] = norm.log_sum;
+      max[i] = planes.at(i, at);
+      exact[i] = log_sum[i] = planes.at(count + i, at);
     }
     close();
   }
 
-  void keep_all(float* planes, int64_t B, int64_t D, int64_t b, int64_t d) const {
-    for (int64_t i = 0; i < count; ++i)
-      keep({max[i], log_sum[i]}, planes, B * count * D, (b * count + i) * D + d);
+  void keep_all(const Lines& planes, int64_t at) const {
+    for (int64_t i = 0; i < count; ++i) planes.at(i, at) = max[i], planes.at(count + i, at) = log_sum[i];
   }
 
   // For every state the largest log p, the exponentials relative to it, their sum and the log of their mean: exactly,

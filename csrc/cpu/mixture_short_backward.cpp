@@ -12,6 +12,7 @@ struct ShortBackward {
   Arena arena;
   const int64_t S, L, K;
   ShortRows logits, teacher, target;
+  Lines lse, lse_teacher, lse_target, pulls;  // of a few positions
   float* brought;   // (K, wide): (gj + gc)_k share_lk of the sample `sample`
   float* by_state;  // (S, wide): their sums over the tokens of this position that name a state
   float *slope, *over, *same, *named;  // (wide), (S): A_l; what multiplies r; what is taken off; sum_k gc_k
@@ -20,14 +21,28 @@ struct ShortBackward {
 
   ShortBackward(const MixtureBackwardArgs& x, void* memory)
       : args(x), arena(memory), S(x.S), L(x.L), K(x.K), logits(arena, L, S, true), teacher(arena, x.teacher.data ? 1 : 0, S, false),
-        target(arena, x.T, S, false), brought(arena.take<float>(K * logits.wide)),
+        target(arena, x.T, S, false), lse(arena, 2 * L), lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T),
+        pulls(arena, x.teacher.data || x.T > 0 ? 2 * L : 0), brought(arena.take<float>(K * logits.wide)),
         by_state(arena.take<float>(S * logits.wide)), slope(arena.take<float>(logits.wide)),
         over(arena.take<float>(S)), same(arena.take<float>(S)), named(arena.take<float>(S)),
         piece(arena.take<float>(padded(kShort))) {}
 
   int64_t row_of(int64_t b, int64_t l, int64_t d) const { return (b * L + l) * args.D + d; }
 
-  void position(int64_t b, int64_t d) {
+  // Positions first .. end of all B D, at most kPositions of them.
+  void run(int64_t first, int64_t end) {
+    for (int64_t i = first; i < end;) {
+      const int64_t b = i / args.D, d = i % args.D, n = end - i < args.D - d ? end - i : args.D - d;
+      lse.read(args.lse, L, args.B, args.D, b, d, n);
+      lse_teacher.read(args.lse_teacher, 1, args.B, args.D, b, d, n);
+      lse_target.read(args.lse_target, args.T, args.B, args.D, b, d, n);
+      pulls.read(args.pull, L, args.B, args.D, b, d, n);
+      for (int64_t at = 0; at < n; ++at) position(b, d + at, at);
+      i += n;
+    }
+  }
+
+  void position(int64_t b, int64_t d, int64_t at) {
     const float w = weight_at(args.weight, b * args.D + d);
     const DType dtype = args.logits.dtype;
     if (w == 0) {
@@ -43,14 +58,14 @@ struct ShortBackward {
     if (d + 1 < args.D)
       for (int64_t l = 0; l < L; ++l) prefetch(args.logits, S, b, l, d + 1);
     logits.read_rows(args.logits, b, d);
-    logits.recall(args.lse, args.B, args.D, b, d);
+    logits.recall(lse, at);
     logits.rough_shares();
-    find_slopes(b, d, spread, to_teacher, to_target);
+    find_slopes(at, spread, to_teacher, to_target);
     for (int64_t s = 0; s < S; ++s) over[s] = same[s] = 0;
-    const auto weigh = [&](ShortRows& rows, const Logits& x, const float* planes, float by, float taken) {
+    const auto weigh = [&](ShortRows& rows, const Logits& x, const Lines& planes, float by, float taken) {
       if (by == 0 && taken == 0) return;
       rows.read_rows(x, b, d);
-      rows.recall(planes, args.B, args.D, b, d);
+      rows.recall(planes, at);
       rows.rough_shares();
       for (int64_t s = 0; s < S; s += W) {
         const int n = min_int(S - s, W);
@@ -59,19 +74,18 @@ struct ShortBackward {
         store(same + s, n, fma(set(taken), t, load(same + s, n, 0.0f)));
       }
     };
-    weigh(teacher, args.teacher, args.lse_teacher, to_teacher, spread);
-    weigh(target, args.target, args.lse_target, to_target, 0.0f);
+    weigh(teacher, args.teacher, lse_teacher, to_teacher, spread);
+    weigh(target, args.target, lse_target, to_target, 0.0f);
     if (K > 0) add_tokens(b, d, w);
     write_rows(b, d);
   }
 
-  void find_slopes(int64_t b, int64_t d, float spread, float to_teacher, float to_target) {
-    const int64_t plane = args.B * L * args.D;
+  void find_slopes(int64_t at, float spread, float to_teacher, float to_target) {
     for (int64_t l = 0; l < logits.wide; ++l) slope[l] = l < L ? spread : 0;
     for (int64_t l = 0; l < L && to_teacher != 0; ++l)
-      slope[l] = fmaf(to_teacher, args.pull[row_of(b, l, d)], slope[l]);
+      slope[l] = fmaf(to_teacher, pulls.at(l, at), slope[l]);
     for (int64_t l = 0; l < L && to_target != 0; ++l)
-      slope[l] = fmaf(to_target, args.pull[plane + row_of(b, l, d)], slope[l]);
+      slope[l] = fmaf(to_target, pulls.at(L + l, at), slope[l]);
   }
 
   // The sample's (gj + gc) share, a line of lanes to each k: made once for all its positions.
@@ -145,7 +159,7 @@ void short_backward(const MixtureBackwardArgs& args, int threads) {
            [&](int64_t task, void* memory) {
     ShortBackward backward(args, memory);
     const int64_t first = runs.first(task);
-    for (int64_t i = first; i < runs.end(first); ++i) backward.position(i / args.D, i % args.D);
+    backward.run(first, runs.end(first));
   });
 }
 

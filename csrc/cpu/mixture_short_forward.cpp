@@ -11,6 +11,7 @@ struct ShortForward {
   const int64_t S, L, K;
   const bool divergent, divided;
   ShortRows logits, teacher, target;
+  Lines lse, lse_teacher, lse_target, pulls, rows;  // of the block's positions
   double *total, *marginal;  // (K, wide), (K): sums over the block's positions
   double* centred;           // (S, wide): w (log p - log mean p), 0 where no row has the state
   float *pull, *share, *spread;  // (2, wide), (padded S) each
@@ -18,7 +19,9 @@ struct ShortForward {
   ShortForward(const MixtureArgs& x, void* memory)
       : args(x), arena(memory), S(x.S), L(x.L), K(x.K), divergent(x.teacher.data || x.T > 0 || x.information),
         divided(x.teacher.data || x.T > 0), logits(arena, L, S, true), teacher(arena, x.teacher.data ? 1 : 0, S, false),
-        target(arena, x.T, S, false), total(arena.take<double>(K * logits.wide)), marginal(arena.take<double>(K)),
+        target(arena, x.T, S, false), lse(arena, 2 * L),
+        lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T), pulls(arena, divided ? 2 * L : 0),
+        rows(arena, kParts), total(arena.take<double>(K * logits.wide)), marginal(arena.take<double>(K)),
         centred(arena.take<double>(K > 0 ? S * logits.wide : 0)),
         pull(arena.take<float>(2 * logits.wide)), share(arena.take<float>(padded(S))),
         spread(arena.take<float>(padded(S))) {}
@@ -28,14 +31,19 @@ struct ShortForward {
     const int64_t end = first + kPositions < args.D ? first + kPositions : args.D;
     for (int64_t i = 0; i < K * logits.wide; ++i) total[i] = 0;
     for (int64_t k = 0; k < K; ++k) marginal[k] = 0;
-    for (int64_t d = first; d < end; ++d) position(b, d, weight_at(args.weight, b * args.D + d));
+    for (int64_t d = first; d < end; ++d) position(b, d, d - first, weight_at(args.weight, b * args.D + d));
+    lse.write(args.lse, L, args.B, args.D, b, first, end - first);
+    lse_teacher.write(args.lse_teacher, 1, args.B, args.D, b, first, end - first);
+    lse_target.write(args.lse_target, args.T, args.B, args.D, b, first, end - first);
+    pulls.write(args.pull, L, args.B, args.D, b, first, end - first);
+    rows.write(args.row, 1, args.B, args.D, b, first, end - first);
     double* work = args.work + task * (L + 1) * K;
     for (int64_t l = 0; l < L; ++l)
       for (int64_t k = 0; k < K; ++k) work[l * K + k] = total[k * logits.wide + l];
     for (int64_t k = 0; k < K; ++k) work[L * K + k] = marginal[k];
   }
 
-  void position(int64_t b, int64_t d, double w) {
+  void position(int64_t b, int64_t d, int64_t at, double w) {
     const bool inside = is_inside(args.inside, b), aims = args.T > 0 && !inside;
     const bool distils = args.teacher.data && (inside || !args.inside);
     double part[kParts] = {};
@@ -72,12 +80,11 @@ struct ShortForward {
         part[kInformation] = divergence(spread, nullptr);
       }
     }
-    logits.keep_all(args.lse, args.B, args.D, b, d);
-    if (teacher.count) teacher.keep_all(args.lse_teacher, args.B, args.D, b, d);
-    if (target.count) target.keep_all(args.lse_target, args.B, args.D, b, d);
-    for (int q = 0; q < kParts; ++q) args.row[(q * args.B + b) * args.D + d] = static_cast<float>(part[q]);
-    for (int64_t q = 0; q < 2 && divided; ++q)
-      for (int64_t l = 0; l < L; ++l) args.pull[((q * args.B + b) * L + l) * args.D + d] = pull[q * logits.wide + l];
+    logits.keep_all(lse, at);
+    teacher.keep_all(lse_teacher, at);
+    target.keep_all(lse_target, at);
+    for (int64_t q = 0; q < kParts; ++q) rows.at(q, at) = static_cast<float>(part[q]);
+    for (int64_t i = 0; i < pulls.count; ++i) pulls.at(i, at) = pull[i / L * logits.wide + i % L];
   }
 
   // A state's line is the same for every token that names it.

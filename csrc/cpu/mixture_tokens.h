@@ -5,10 +5,12 @@
 namespace di4c::cpu::DI4C_ISA {
 
 struct Tokens {
-  int64_t K, Kp;
-  int64_t* token;  // (Kp): x_k^d, 0 for one that is no class
-  bool* outside;   // (Kp): that is no class
-  float* x;        // (L, Kp): the logits there
+  int64_t K = 0, Kp = 0;
+  int64_t* token = nullptr;  // (Kp): x_k^d, 0 for one that is no class
+  bool* outside = nullptr;   // (Kp): that is no class
+  float* x = nullptr;        // (L, Kp): the logits there
+
+  Tokens() = default;
 
   static int64_t pad(int64_t K) { return ceil_div(K, W) * W; }
   Tokens(Arena& arena, int64_t L, int64_t count)
