@@ -10,7 +10,8 @@
 namespace di4c::cpu::DI4C_ISA {
 
 constexpr float kTiny = 1e-30f;
-constexpr int64_t kTableBytes = 640 << 10;  // of a few positions' probabilities, which are to stay in the second cache
+constexpr int64_t kTableBytes = 512 << 10;  // of a position's probabilities, which are to stay in the second cache
+constexpr int64_t kGroupBytes = 256 << 10;  // of a few positions'
 
 static inline bool is_inside(const uint8_t* inside, int64_t b) { return inside && inside[b] != 0; }
 static inline int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
@@ -159,7 +160,7 @@ static inline void prefetch(const Logits& x, int64_t S, int64_t b, int64_t l, in
 // A few successive positions are read latent by latent, since a latent's rows of them lie side by side in memory: how
 // many, so that the probabilities of all their rows stay in the cache; 1 where those of one do not.
 static inline int64_t group_of(int64_t L, int64_t S) {
-  const int64_t n = kTableBytes / (L * padded(S) * 4);
+  const int64_t n = kGroupBytes / (L * padded(S) * 4);
   return n < 1 ? 1 : n < kPositions ? n : kPositions;
 }
 
