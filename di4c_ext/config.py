@@ -44,18 +44,26 @@ class DistillConfig(KeyedConfig):
     num_latents: int = field(default=16, metadata={"help": "L, latents per sample"})
     num_targets: int | None = field(default=None, metadata={"help": "K, consistency targets per sample; default: L"})
     distillation_weight: float = field(default=1.0, metadata={"help": "weight of the distillation term"})
+    distillation_rows: int = field(
+        default=0, metadata={"help": "rows of the distillation term apart from x_t, per sample; 0: taken at x_t"}
+    )
     data_weight: float = field(default=0.1, metadata={"help": "scale of the correlation at the data"})
     data_law: str = field(default="sigmoid", metadata={"help": "its course in t: sigmoid, linear or constant"})
     data_marginal_weight: float = field(default=1.0, metadata={"help": "weight of the KL to the teacher's marginals"})
     consistency_weight: float = field(default=1.0, metadata={"help": "weight of the consistency term"})
     consistency_target: str = field(default="student", metadata={"help": "denoiser at u: student, or its ema"})
     control_variate: bool = field(default=True, metadata={"help": "false: plain mixture likelihoods"})
+    target_dropout: bool = field(default=False, metadata={"help": "dropout acts on the targets too, as published"})
+    time_min: float = field(default=0.0, metadata={"help": "no time lies below"})
     window: float = field(default=0.05, metadata={"help": "distillation acts at t up to this, consistency above"})
     window_share: float = field(default=0.3, metadata={"help": "how often t falls into the window"})
     full_noise_share: float = field(default=0.0, metadata={"help": "how often t is exactly 1"})
     step_min: float = field(default=0.01, metadata={"help": "shortest teacher step t - u"})
     step_max: float = field(default=0.05, metadata={"help": "longest teacher step t - u"})
     step_law: str = field(default="uniform", metadata={"help": "spread between them: uniform or log_uniform"})
+    latent_micro_batch: int | None = field(
+        default=None, metadata={"help": "latents whose activations live at once; default: all. Less memory, more time"}
+    )
 
     def __post_init__(self) -> None:
         if self.num_latents < 1:
@@ -75,15 +83,19 @@ class DistillConfig(KeyedConfig):
             num_latents=self.num_latents,
             num_targets=self.num_targets,
             distillation=self.distillation_weight,
+            distillation_rows=self.distillation_rows,
             data=self.data_weight,
             data_law=self.data_law,  # type: ignore[arg-type]  # checked there
             data_marginal=self.data_marginal_weight,
             consistency=self.consistency_weight,
             control_variate=self.control_variate,
+            target_dropout=self.target_dropout,
+            time_min=self.time_min,
             window=self.window,
             window_share=self.window_share,
             full_noise_share=self.full_noise_share,
             step_min=self.step_min,
             step_max=self.step_max,
             step_law=self.step_law,  # type: ignore[arg-type]  # checked there
+            latent_micro_batch=self.latent_micro_batch,
         )

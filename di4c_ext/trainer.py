@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from di4c_ext.config import DistillConfig, KeyedConfig
 from di4c_ext.denoiser import Denoiser, Latents
 from di4c_ext.loss import Di4CObjective, LossParts
 from di4c_ext.metrics.likelihood import likelihood_bound
-from di4c_ext.process import AbsorbingProcess
+from di4c_ext.process import AbsorbingProcess, Process
 
 Parts = dict[str, Tensor]
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]  # (x_0, keys) -> (x_0, conditions)
@@ -48,7 +47,7 @@ class KeyedTrainer(Trainer):
         self,
         model: PreTrainedModel,
         *,
-        process: AbsorbingProcess,
+        process: Process,
         args: KeyedConfig,
         train_dataset: data.ImageTokens,
         phase: str,
@@ -205,6 +204,8 @@ class KeyedTrainer(Trainer):
 class PretrainTrainer(KeyedTrainer):
     """Trains a product denoiser by the masked-diffusion likelihood bound (`metrics.likelihood`)."""
 
+    process: AbsorbingProcess
+
     def __init__(self, model: PreTrainedModel, *, augment: Augment | None = None, **kwargs: Any) -> None:
         super().__init__(model, phase=kwargs.pop("phase", "teacher"), **kwargs)
         self.augment = augment
@@ -256,20 +257,16 @@ class DistillTrainer(KeyedTrainer):
         conditions: dict[str, Tensor] = {}
         if self.augment is not None:
             x_0, conditions = self.augment(x_0, keys)
-        target = None if self.target is None else _told(self.target, conditions)
         return self.objective(
-            _told(model, conditions),
-            _told(self.teacher, conditions),
+            model,
+            self.teacher,
             self.process,
             x_0,
             keys,
             latents=self.latents,
-            target=target,
+            target=self.target,
+            conditions=conditions,
         )
-
-
-def _told(denoiser: Denoiser, conditions: dict[str, Tensor]) -> Denoiser:
-    return partial(denoiser, **conditions) if conditions else denoiser
 
 
 class _CheckFinite(TrainerCallback):

@@ -8,7 +8,7 @@ import torch
 from tiny import ExactTeacher, TableStudent, finite_latents
 from torch import nn
 
-from di4c_ext import random
+from di4c_ext import ops, random
 from di4c_ext.loss import Di4CObjective
 from di4c_ext.process import AbsorbingProcess
 
@@ -47,6 +47,54 @@ def test_without_the_control_variate_the_parts_are_plain_likelihoods():
     parts = evaluate(objective, *setting())
     assert list(parts) == ["loss", "distillation", "joint_data", "joint_consistency", "gain_data", "gain_consistency"]
     assert (parts.per_sample["joint_consistency"] >= 0).all()
+
+
+@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("diagnostics", [True, False])
+def test_fused_is_op_by_op_to_rounding(control_variate, diagnostics):
+    """Values by name, and the gradient of the student's parameters."""
+    student, teacher, process, x_0, keys, latents = setting(batch=64)
+    t = torch.linspace(0.01, 1, 64, dtype=torch.float64)
+    results = []
+    for fused in (True, False):
+        objective = Di4CObjective(
+            num_latents=L,
+            num_targets=3,
+            window=0.4,
+            control_variate=control_variate,
+            diagnostics=diagnostics,
+            fused=fused,
+        )
+        parts = evaluate(objective, student, teacher, process, x_0, keys, latents, times=(t, t / 2))
+        student.zero_grad()
+        parts["loss"].backward()
+        results.append((parts.per_sample, student.table.grad))
+    (fused, fused_grad), (one_by_one, grad) = results
+    assert list(fused) == list(one_by_one) and Di4CObjective().fused
+    for name, value in fused.items():
+        torch.testing.assert_close(
+            value, one_by_one[name], rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    torch.testing.assert_close(fused_grad, grad, rtol=1e-4, atol=1e-7)
+    assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_op_serves_all_of_a_step(fused, monkeypatch):
+    """Fused, nothing but mixture_objective sees the student's logits; else it is not called."""
+    called = []
+
+    def watch(name, op):
+        def call(*arguments, **more):
+            called.append(name)
+            return op(*arguments, **more)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for name in ("mixture_objective", "mixture_log_prob", "mixture_kl", "masked_kl"):
+        watch(name, getattr(ops, name))
+    evaluate(Di4CObjective(num_latents=L, fused=fused), *setting())
+    assert called == (["mixture_objective"] if fused else ["mixture_log_prob", "masked_kl", *["mixture_kl"] * 3])
 
 
 def test_a_batch_is_its_samples():
