@@ -40,33 +40,35 @@ def sample_product(
     if not isinstance(j, Tensor) or j.dim() not in (2, 3):
         kind = f"shape {checks.shape(j)}" if isinstance(j, Tensor) else type(j).__name__
         raise ValueError(f"{_OP}: j must be an int64 tensor (B, D) or (B, n, D), got {kind}")
+    for name, value in (("left", left), ("right", right), ("base", base), ("i", i), ("keys", keys)):
+        if isinstance(value, Tensor) and value.device != j.device:
+            raise ValueError(f"{_OP}: {name} must be on {j.device} like j, got {value.device}")
     batch, length = j.shape[0], j.shape[-1]
     checks.indices(_OP, "j", j, checks.shape(j), "(B, n, D)", j)
     checks.indices(_OP, "i", i, (batch, length), "(B, D)", j)
     checks.indices(_OP, "keys", keys, (batch,), "(B,)", j)
-    tables = [_tables(name, value, j) for name, value in (("left", left), ("right", right), ("base", base))]
+    tables = [_tables(name, value, batch) for name, value in (("left", left), ("right", right), ("base", base))]
     shapes = [checks.shape(table) for table in tables if table is not None]
     if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"{_OP}: left, right and base must have one shape, got {shapes}")
+        raise ValueError(f"{_OP}: left, right and base must be alike in shape, got {' and '.join(map(str, shapes))}")
     columns = j if j.dim() == 3 else j[:, None]
     drawn: Tensor = torch.ops.di4c.sample_product(*tables, i, columns, keys, stream)
     return drawn.view(j.shape)
 
 
-def _tables(name: str, value: object, beside: Tensor) -> Tensor | None:
-    """Tables (N, S, S) for as many samples as j has, or one for all; None for no `base`."""
+def _tables(name: str, value: object, batch: int) -> Tensor | None:
+    """Tables (N, S, S) for so many samples, or one for all; None for no `base`."""
     if value is None and name == "base":
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{_OP}: {name} must be a float64 tensor (S, S) or (N, S, S), got {type(value).__name__}")
     if value.dtype != torch.float64:
         raise TypeError(f"{_OP}: {name} must be float64, got {value.dtype}; tails of a narrower one are gone already")
-    shape, batch = checks.shape(value), beside.shape[0]
+    shape = checks.shape(value)
     if value.dim() not in (2, 3) or shape[-1] != shape[-2] or not 1 <= shape[-1] <= checks.MAX_STATES:
         raise ValueError(f"{_OP}: {name} must be (S, S) or (N, S, S) with 1 <= S <= {checks.MAX_STATES}, got {shape}")
     if value.dim() == 3 and shape[0] not in (1, batch):
         raise ValueError(f"{_OP}: {name} must have N = B = {batch} tables, or 1 for all samples, got {shape[0]}")
-    checks.same_device(_OP, name, value, beside)
     return (value if value.dim() == 3 else value[None]).detach()
 
 

@@ -1,10 +1,13 @@
 """What the objective and the samplers ask of a process."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from di4c_ext.ops import Logits
+
+AnyLogits = TypeVar("AnyLogits", bound=Logits)
 Time = float | Tensor  # one for all samples, or (B,); 1 = noise, 0 = data
 
 
@@ -20,7 +23,7 @@ class Process(Protocol):
     def step(
         self,
         x_t: Tensor,
-        logits: Tensor,
+        logits: Logits,
         t: Time,
         s: Time,
         keys: Tensor,
@@ -34,5 +37,5 @@ class Process(Protocol):
     def weight(self, x_t: Tensor) -> Tensor:
         """(B, D) float32: 0 where x_t already tells x_0, 1 elsewhere. The losses count only the latter."""
 
-    def carry_over(self, logits: Tensor, x: Tensor) -> Tensor:
+    def carry_over(self, logits: Logits, x: Tensor) -> Logits:
         """Logits (..., D, S) of x_0 in which what x (..., D) already tells is certain."""

@@ -17,7 +17,7 @@ DIVERGENCES = ("masked_kl", "masked_reverse_kl", "masked_js", "masked_tv")
 MIXTURES = ("mixture_log_prob", "mixture_kl", "mixture_kl_of_mixture", "mixture_objective")
 FORMS = ("", "_of_logistic", "_of_hidden")
 NAMES = (
-    *("random_bits", "absorbing_step", *DIVERGENCES, "masked_cross_entropy"),
+    *("random_bits", "sample_product", "absorbing_step", *DIVERGENCES, "masked_cross_entropy"),
     *(name + form for name in ("sample_categorical", *MIXTURES) for form in FORMS),
 )
 FROM_HIDDEN = tuple(f"{name}_from_hidden" for name in MIXTURES if name != "mixture_kl_of_mixture")
@@ -123,6 +123,10 @@ def _make(
     keys = random.keys(states, batch)
     if op == "random_bits":
         return Call(op, {"keys": keys, "n": 3, "stream_word": 0})
+    if op == "sample_product":
+        left, right, base = torch.rand(3, batch, states, states, dtype=torch.float64, generator=g)
+        i, j = tokens[:, 0], tokens
+        return Call(op, {"left": left, "right": right, "i": i, "j": j, "keys": keys, "base": base, "stream": 1})
     if op == "sample_categorical":
         options = {"draws": 2, "stream": 1, "temperature": 0.7, "return_log_prob": True, "first_position": 4}
         return Call(op, {"logits": rows(batch), "keys": keys, **options})

@@ -165,9 +165,31 @@ def _mixture_target() -> Iterator[Bad]:
     yield Bad("target", lambda x: x.new_zeros(B, 0, D, S), "got 0", "T, the second dimension", "of target")
 
 
+def _tables(name: str) -> Iterator[Bad]:
+    """For one of the tables of sample_product, (B, S, S) in the good call."""
+    if name != "base":  # which may be absent
+        yield Bad(name, _as(None), "got NoneType", "a float64 tensor (S, S) or (N, S, S)")
+    yield Bad(name, _as([1.0]), "got list", "a float64 tensor (S, S) or (N, S, S)")
+    yield Bad(name, lambda x: x.float(), "got torch.float32", "must be float64")
+    yield Bad(name, lambda x: x[..., :4], f"got {_shape(B, S, 4)}", "(S, S) or (N, S, S)")
+    yield Bad(name, lambda x: x[0, 0], f"got {_shape(S)}", "(S, S) or (N, S, S)")
+    yield Bad(name, lambda x: x[:, :0, :0], f"got {_shape(B, 0, 0)}", "1 <= S <= 262144")
+    yield Bad(name, lambda x: x.expand(3, B, S, S)[:, 0], "got 3", "N = B = 2 tables, or 1")
+    yield Bad(name, lambda x: x[:1], f"{_shape(1, S, S)}", "must be alike in shape")
+    yield Bad(name, lambda x: x[:, :4, :4], f"{_shape(B, 4, 4)}", "must be alike in shape")
+    yield Bad(name, lambda x: x.to("meta"), "got meta", "must be on {device}")
+
+
 ROW_LOGITS = "(B, D, S) or (B, L, D, S)"
 TABLE: dict[str, list[Bad]] = {
     "random_bits": [*_indices("keys", "(B,)"), *_count("n", None), *_stream("stream_word", 1 << 32, "[0, 2^32)")],
+    "sample_product": [
+        *(bad for name in ("left", "right", "base") for bad in _tables(name)),
+        *_positions("i", "(B, D)", B, D),  # any number may stand there: what is no state gives -1
+        *_indices("j", "(B, D) or (B, n, D)"),
+        *_keys(),
+        *_stream("stream", (1 << 31) - 1, "must be an integer in [0, 2^31 - 1)"),
+    ],
     "sample_categorical": [*_logits("logits", "(B, ..., S)"), *_sampling(), *_count("first_position", None)],
     "absorbing_step": [
         *_logits("logits", "(B, D, S)"),
@@ -276,7 +298,7 @@ def test_good_arguments(backend, name):
     assert name in TABLE or name.startswith("mixture_kl_of_mixture")
 
 
-@pytest.mark.parametrize("name", [name for name in calls.NAMES if name != "random_bits"])
+@pytest.mark.parametrize("name", [name for name in calls.NAMES if name not in ("random_bits", "sample_product")])
 def test_logits_on_another_device(name):
     """Whatever stands beside logits of another device is named."""
     call = calls.make(name)

@@ -8,6 +8,7 @@ import torch
 from tiny import chi_square_z, counts, product_law
 
 from di4c_ext import random
+from di4c_ext.ops import Logistic
 from di4c_ext.process import SCHEDULES, AbsorbingProcess
 
 # P(masked at t), written down apart from the package
@@ -193,3 +194,11 @@ def test_bad_arguments():
         process.corrupt(x.float(), 0.5, keys)
     with pytest.raises(ValueError, match=r"shape must be \(B, D\)"):
         process.prior((3, 4), keys)
+
+
+def test_logits_in_short_forms():
+    process, keys = AbsorbingProcess(16), random.keys(0, 3)
+    logits = Logistic(torch.linspace(-1, 1, 12).view(3, 4), torch.zeros(3, 4), 16)
+    x_t = process.prior((3, 4), keys)
+    assert torch.equal(process.step(x_t, logits, 0.9, 0.2, keys), process.step(x_t, logits.logits(), 0.9, 0.2, keys))
+    assert torch.equal(process.carry_over(logits, x_t), logits.logits())

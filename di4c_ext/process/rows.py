@@ -1,0 +1,34 @@
+"""Rows of logits, in whatever form they come, as the probabilities that a step mixes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from di4c_ext.ops import Logistic, Logits
+
+
+def whole(logits: Logits) -> Tensor:
+    """The logits (B, D, S) themselves."""
+    return logits if isinstance(logits, Tensor) else logits.logits()
+
+
+def some(logits: Logits, piece: slice) -> Logits:
+    """The logits (B, D, S) of some positions."""
+    if isinstance(logits, Tensor):
+        return logits[:, piece]
+    if isinstance(logits, Logistic):
+        return logits._replace(mean=logits.mean[:, piece], log_scale=logits.log_scale[:, piece])
+    return logits._replace(states=logits.states[:, piece])
+
+
+def probabilities(logits: Logits, temperature: float) -> Tensor:
+    """softmax(logits / temperature) (B, D, S) float64, one-hot where `sample_categorical` is certain: at temperature 0
+    and in rows with a +inf, whose first largest class it takes. NaN for a row without a distribution."""
+    if isinstance(logits, Logistic):
+        logits = Logistic(logits.mean.double(), logits.log_scale.double(), logits.num_states)
+    x = whole(logits).double()
+    largest = x.amax(-1, keepdim=True)
+    certain = torch.isposinf(largest) if temperature > 0 else largest > -math.inf
+    first = torch.nn.functional.one_hot((x == largest).int().argmax(-1), x.shape[-1])
+    return torch.where(certain, first, (x / (temperature or 1.0)).softmax(-1))
