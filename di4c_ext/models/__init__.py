@@ -2,6 +2,16 @@
 
 from di4c_ext.models.compact import CompactDenoiser
 from di4c_ext.models.compact_config import CompactConfig
-from di4c_ext.models.latent import LatentEmbedding, draw_latents
+from di4c_ext.models.latent import LatentEmbedding, LatentLaw, draw_latents
+from di4c_ext.models.unet import UNetDenoiser
+from di4c_ext.models.unet_config import UNetConfig
 
-__all__ = ["CompactConfig", "CompactDenoiser", "LatentEmbedding", "draw_latents"]
+__all__ = [
+    "CompactConfig",
+    "CompactDenoiser",
+    "LatentEmbedding",
+    "LatentLaw",
+    "UNetConfig",
+    "UNetDenoiser",
+    "draw_latents",
+]

@@ -14,17 +14,13 @@ and where one is open there is none. That keeps samplers of many steps on the te
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.models.compact_config import CompactConfig
 from di4c_ext.models.latent import LatentEmbedding
-
-_LATENT_KEYS = ("latent_embedding.", "latent_in.")
 
 
 class Block(nn.Module):
@@ -44,7 +40,7 @@ class Block(nn.Module):
         return h + self.dropout(self.contract(nn.functional.gelu(inner)))
 
 
-class CompactDenoiser(PreTrainedModel):
+class CompactDenoiser(MixtureDenoiser):
     """denoiser(x_t, t, latents=None, augmentation=None) -> logits of the S clean states.
 
     x_t (B, D) int64, t (B,) or anything (not used), augmentation (B, A) or None for an image left as it is.
@@ -53,8 +49,7 @@ class CompactDenoiser(PreTrainedModel):
     """
 
     config_class = CompactConfig
-    base_model_prefix = ""
-    main_input_name = "x_t"
+    latent_names = ("latent_embedding.", "latent_in.")
     config: CompactConfig
     features: Tensor
 
@@ -101,7 +96,7 @@ class CompactDenoiser(PreTrainedModel):
             h = h + self._augmentation(augmentation, x_t)
         added: list[Tensor | None] = [None] * (config.num_blocks + 1)
         if config.is_student:
-            latents = self._checked(latents, x_t)
+            latents = self.checked_latents(latents, x_t)
             embedded = self.latent_embedding(latents.to(h.dtype))
             gate = (x_t == config.mask_id).to(h.dtype).mean(-1, keepdim=True) ** config.latent_gate
             if latents.ndim > h.ndim:
@@ -114,10 +109,6 @@ class CompactDenoiser(PreTrainedModel):
             h = h + added[-1]
         return self.head(nn.functional.gelu(h)).unflatten(-1, (config.length, config.num_states))
 
-    def latent_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the latent's path, which a student's teacher does not have."""
-        return ((name, value) for name, value in self.named_parameters() if name.startswith(_LATENT_KEYS))
-
     def _augmentation(self, augmentation: Tensor, x_t: Tensor) -> Tensor:
         if self.augmentation_in is None:
             raise ValueError("CompactDenoiser: augmentation given, but config.augmentation_dim is 0; leave it out")
@@ -128,47 +119,6 @@ class CompactDenoiser(PreTrainedModel):
             )
         added = self.augmentation_in(augmentation)
         return added if x_t.ndim == 2 else added[:, None]
-
-    def _checked(self, latents: Tensor | None, x_t: Tensor) -> Tensor:
-        if latents is None:
-            raise ValueError(
-                "CompactDenoiser: a student needs latents (B, C) or (B, L, C); "
-                "draw them with models.latent.draw_latents(keys, num_latents, config.latent_dim)"
-            )
-        size, dim = x_t.shape[0], self.config.latent_dim
-        fits = latents.ndim in (2, 3) and latents.shape[0] == size and latents.shape[-1] == dim
-        if not fits or latents.ndim < x_t.ndim or (x_t.ndim == 3 and latents.shape[1] != x_t.shape[1]):
-            raise ValueError(
-                f"CompactDenoiser: latents must be (B, C) or (B, L, C) with B = {size} and C = {dim} "
-                f"for x_t {tuple(x_t.shape)}, got {tuple(latents.shape)}"
-            )
-        return latents
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint whose tensors are not exactly the model's is a ValueError naming them.
-
-        is_student=True or False says what is expected: a teacher opened as a student, or the other way about, is
-        refused.
-        """
-        expected = kwargs.pop("is_student", None)
-        want_info = kwargs.pop("output_loading_info", False)
-        if "config" not in kwargs:
-            kwargs["config"] = CompactConfig.from_pretrained(pretrained_model_name_or_path)
-        kind = kwargs["config"].is_student
-        if expected is not None and bool(expected) != kind:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: holds a {_kind(kind)}, a {_kind(bool(expected))} is wanted"
-                + ("; make one with CompactDenoiser.from_teacher" if expected else "; name the teacher's folder")
-            )
-        loaded: Any
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        except RuntimeError as error:  # shapes that differ, as transformers reports them
-            raise ValueError(f"{pretrained_model_name_or_path}: does not fit its config: {error}") from error
-        model, info = loaded
-        _refuse_keys(str(pretrained_model_name_or_path), kind, info["missing_keys"], info["unexpected_keys"])
-        return (model, info) if want_info else model
 
     @classmethod
     def from_teacher(
@@ -184,39 +134,8 @@ class CompactDenoiser(PreTrainedModel):
 
         dropout: None keeps the teacher's.
         """
-        source = teacher if isinstance(teacher, CompactDenoiser) else cls.from_pretrained(teacher, is_student=False)
-        if source.config.is_student:
-            raise ValueError("from_teacher: got a student; give the teacher it was made from, or train it on as it is")
-        settings = source.config.to_dict()
-        settings |= {"is_student": True, "latent_dim": latent_dim}
-        settings |= {"latent_hidden_size": latent_hidden_size, "latent_gate": latent_gate}
-        if dropout is not None:
-            settings["dropout"] = dropout
-        student = cls(CompactConfig.from_dict(settings))
-        nn.Module.to(student, source.head.weight)  # device and dtype
-        result = student.load_state_dict(source.state_dict(), strict=False)
-        missing = [key for key in result.missing_keys if not key.startswith(_LATENT_KEYS)]
-        _refuse_keys("from_teacher", True, missing, result.unexpected_keys)
-        return student
-
-
-def _kind(is_student: bool) -> str:
-    return "student" if is_student else "teacher"
-
-
-def _refuse_keys(where: str, is_student: bool, missing: Any, unexpected: Any) -> None:
-    missing, unexpected = sorted(missing), sorted(unexpected)
-    if not missing and not unexpected:
-        return
-    hint = ""
-    if any(key.startswith(_LATENT_KEYS) for key in missing):
-        hint = "; these are the weights of a teacher, make a student with CompactDenoiser.from_teacher"
-    elif any(key.startswith(_LATENT_KEYS) for key in unexpected):
-        hint = "; these are the weights of a student, config.is_student must be true"
-    raise ValueError(
-        f"{where}: the weights are not those of this {_kind(is_student)}: "
-        f"missing {missing or 'none'}, unexpected {unexpected or 'none'}{hint}"
-    )
+        settings = {"latent_dim": latent_dim, "latent_hidden_size": latent_hidden_size, "latent_gate": latent_gate}
+        return cls.student_of(teacher, settings | ({} if dropout is None else {"dropout": dropout}))
 
 
 def _features(config: CompactConfig) -> Tensor:

@@ -53,3 +53,35 @@ def test_embedding_separates_latents():
     latents = draw_latents(random.keys(0, 4), 5, 3)
     assert embedding(latents).shape == (4, 5, 8)
     assert torch.pdist(embedding(latents).flatten(0, 1)).min() > 0
+
+
+def test_uniform_law():
+    """The same numbers as the Gaussian latents, before the quantile function."""
+    keys = random.keys(4, 2000)
+    uniform = draw_latents(keys, 8, 2, law="uniform")
+    assert uniform.dtype == torch.float32 and uniform.min() >= 0 and uniform.max() <= 1
+    torch.testing.assert_close(torch.special.ndtr(draw_latents(keys, 8, 2)), uniform, rtol=0, atol=1e-5)
+    classes = (uniform * 8).floor().clamp(max=7).sort(1).values
+    # float32 may round a number up into the next class, rarely
+    assert (classes == torch.arange(8.0)[:, None]).float().mean() > 0.9999
+    values = uniform[:, 3, 0].double().sort().values
+    assert (values - torch.arange(1, 2001) / 2000).abs().max() < 1.95 / 2000**0.5
+
+
+@pytest.mark.parametrize("law", ["normal", "uniform"])
+def test_independent_latents(law):
+    keys = random.keys(5, 4000)
+    latents = draw_latents(keys, 4, 1, law=law, independent=True)
+    assert torch.equal(draw_latents(keys[7:8], 4, 1, law=law, independent=True)[0], latents[7])
+    quantile = latents.double() if law == "uniform" else torch.special.ndtr(latents.double())
+    correlation = torch.corrcoef(quantile[..., 0].T) - torch.eye(4)
+    assert correlation.abs().max() < 4 / 4000**0.5
+    mean = quantile[..., 0].mean(1)
+    assert abs(mean.var() * 12 * 4 - 1) < 0.1, "the mean of L independent uniforms has variance 1 / (12 L)"
+    if law == "uniform":  # one latent of a key is the same number drawn apart or spread out
+        assert torch.equal(draw_latents(keys, 1, 1, law=law), draw_latents(keys, 1, 1, law=law, independent=True))
+
+
+def test_refuses_an_unknown_law():
+    with pytest.raises(ValueError, match=r"law must be one of \('normal', 'uniform'\), got 'gaussian'"):
+        draw_latents(random.keys(0, 2), 2, 2, law="gaussian")
