@@ -73,6 +73,23 @@ def test_a_batch_is_its_samples():
     assert not torch.equal(run(random.keys(3, 64)), whole)
 
 
+def test_a_thousand_steps_unmask_as_many_each():
+    """The linear schedule in 1024 steps: every position falls at a step of its own, any of them as likely."""
+    process, steps, keys = AbsorbingProcess(S), 1024, random.keys(4, 256)
+    masked = []
+    x = sample_ancestral(
+        lambda x, t: torch.zeros(256, 32, S),
+        process,
+        process.prior((256, 32), keys),
+        times(steps),
+        keys,
+        callback=lambda step: masked.append(int((step["x_s"] == process.mask_id).sum())),
+    )
+    falls = -torch.tensor([x.numel(), *masked]).diff()
+    assert falls.sum() == x.numel() and len(falls) == steps
+    assert abs(chi_square_z(falls, torch.full((steps,), 1 / steps, dtype=torch.float64))) < 4
+
+
 def test_infilling_keeps_what_is_given_and_conditions_on_it():
     process, teacher = AbsorbingProcess(S), ExactTeacher(LAW, S, D)
     keys = random.keys(0, 20_000)

@@ -1,0 +1,25 @@
+"""Samplers: one plain function per algorithm.
+
+    sample_ancestral     masked and other processes, down to 0 by the process's own steps
+    sample_analytic      the pixel systems: posterior steps, then one denoising at the last time
+    sample_hybrid        the same, a student first and its teacher for the last evaluations
+    sample_tau_leaping   a continuous-time baseline for teachers
+
+`GuidedDenoiser` makes of a student and its teacher a third denoiser, for any of the first three.
+"""
+
+from di4c_ext.sampler.analytic import analytic_times, sample_analytic, sample_hybrid
+from di4c_ext.sampler.ancestral import sample_ancestral, times
+from di4c_ext.sampler.guidance import GuidedDenoiser, GuidedLogits
+from di4c_ext.sampler.tau_leaping import sample_tau_leaping
+
+__all__ = [
+    "GuidedDenoiser",
+    "GuidedLogits",
+    "analytic_times",
+    "sample_analytic",
+    "sample_ancestral",
+    "sample_hybrid",
+    "sample_tau_leaping",
+    "times",
+]
