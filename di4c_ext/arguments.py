@@ -31,13 +31,17 @@ class DataArguments:
     """Which images, and how they are cut into states."""
 
     dataset_name: str = field(
-        default="digits", metadata={"help": "digits, an .npz or .npy of integers, a folder of pictures, a hub name"}
+        default="digits",
+        metadata={"help": "digits, fashion_mnist, an .npz or .npy, a folder of pictures or of CIFAR-10, a hub name"},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
-    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set"})
-    num_states: int | None = field(default=None, metadata={"help": "S, states (grey levels) of a pixel"})
-    image_size: int | None = field(default=None, metadata={"help": "pictures are resized to this square"})
-    grayscale: bool = field(default=True, metadata={"help": "false: three colour channels per picture"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split of a data set that has several"})
+    num_states: int | None = field(default=None, metadata={"help": "S, levels of a pixel; default: a picture's 256"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "resize pictures to this square; default: as they are"}
+    )
+    grayscale: bool | None = field(default=None, metadata={"help": "false: RGB, true: grey; default: as pictures are"})
+    horizontal_flip: bool = field(default=False, metadata={"help": "train on mirror images too"})
     heldout_fraction: float = field(default=1 / 6, metadata={"help": "share of the images kept from training"})
     schedule: str = field(default="linear", metadata={"help": "masking: linear, cosine, arccos or log_linear"})
 
@@ -50,6 +54,7 @@ class DataArguments:
             grayscale=self.grayscale,
             dataset_config=self.dataset_config,
             dataset_split=self.dataset_train_split,
+            horizontal_flip=self.horizontal_flip,
         )
 
 

@@ -1,18 +1,39 @@
-"""Altered images for training a teacher that has few: shifted, turned, scaled, sheared, brighter or darker.
+"""Altered images for training: mirrored; and for a teacher that has few, moved, turned, scaled, sheared, brighter.
 
-The network is told by how much (EDM's non-leaking augmentation, arXiv 2206.00364): numbers that are 0 for an image
-left as it is. Asked with zeros, or with none, it draws images of the unaltered kind.
+A mirror image counts as one of the kind. Of the other alterations the network is told by how much (EDM's non-leaking
+augmentation, arXiv 2206.00364): numbers that are 0 for an image left as it is. Asked with zeros, or with none, it draws
+images of the unaltered kind.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from di4c_ext import random
+from di4c_ext.data import Layout
 
+MIRROR = 3  # sub-key for the mirror of those who alter with the same key: `augment_images` has the three before it
 AUGMENTATION_DIM = 7  # shift x, shift y, angle, log width, log height, shear, log brightness
 _SPREAD = (0.15, 0.15, 0.2, 0.12, 0.12, 0.2, 0.15)  # of each: shifts in half image widths, the angle in radians
+
+
+def flip_images(
+    x_0: Tensor, keys: Tensor, *, shape: tuple[int, ...], layout: Layout = "HWC", stream: int = 0
+) -> Tensor:
+    """x_0 (B, D) levels of images of `shape` (height, width[, channels]), each mirrored left to right with probability
+    1/2 by its key (B,). The network is not told: a mirror image is one of the kind. ValueError where D does not match.
+    """
+    if x_0.ndim != 2 or x_0.shape[1] != math.prod(shape):
+        raise ValueError(
+            f"flip_images: x_0 must be (B, {' * '.join(map(str, shape))}) for images of {shape}, got {tuple(x_0.shape)}"
+        )
+    height, width, channels = (*shape, 1)[:3]
+    size = (height, width, channels) if layout == "HWC" else (channels, height, width)
+    mirrored = x_0.view(-1, *size).flip(layout.index("W") + 1).flatten(1)
+    return torch.where(random.uniform(keys, 1, stream=stream) < 0.5, mirrored, x_0)
 
 
 def augment_images(

@@ -1,4 +1,4 @@
-"""Images as tokens: the built-in digits, or a user's own arrays, folder of pictures or `datasets` name.
+"""Images as tokens: the built-in digits, Fashion-MNIST or CIFAR-10, or a user's own arrays, pictures, `datasets` name.
 
 Every source ends as `ImageTokens`: N examples of D = height * width (* channels) positions, each a state in 0..S-1.
 An example keeps its number in the whole data set through every split and shuffle, because the noise of a training
@@ -8,23 +8,26 @@ step is a function of (seed, example, step), see `di4c_ext.random`.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from di4c_ext import random
+from di4c_ext import image_files, random
 
 ASSETS = Path(__file__).parent / "assets"
-BUILT_IN = {"digits": 17}  # name -> number of states
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+BUILT_IN = {"digits": 17, "fashion_mnist": None}  # name -> number of states; None: as many as are asked for
 SPLIT_SEED = 0x5EED  # the split does not move with --seed: a held-out image stays held out
+
+Layout = Literal["HWC", "CHW"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class ImageTokens(Dataset[dict[str, Tensor]]):
 
     tokens (N, D), uint8 where the states fit and int32 otherwise; example (N,) int64, the number of each image in
     the whole data set; labels (N,) int64 or None; shape (height, width) or (height, width, channels).
+    layout: the order of the D positions of an image with channels, "HWC" a pixel's channels together, "CHW" one channel
+    after the other, as the pixel networks have it; grey images have one order. horizontal_flip: whether training
+    mirrors a random half of the images (`augment.flip_images`); tokens are as they came.
     """
 
     name: str
@@ -41,6 +47,8 @@ class ImageTokens(Dataset[dict[str, Tensor]]):
     labels: Tensor | None
     shape: tuple[int, ...]
     num_states: int
+    layout: Layout = "HWC"
+    horizontal_flip: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,11 +69,20 @@ class ImageTokens(Dataset[dict[str, Tensor]]):
     def subset(self, index: Tensor) -> ImageTokens:
         """The images named by `index` (int64), with their example numbers and labels."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageTokens(self.name, self.tokens[index], self.example[index], labels, self.shape, self.num_states)
+        return replace(self, tokens=self.tokens[index], example=self.example[index], labels=labels)
+
+    def images(self) -> Tensor:
+        """(N, height, width[, channels]), whatever the layout."""
+        return as_images(self.tokens, self.shape, self.layout)
 
     def fingerprint(self) -> str:
         """Hex digest of everything a model trained on this data depends on."""
-        digest = hashlib.sha256(f"{self.num_states} {self.shape} {self.tokens.dtype}".encode())
+        told = f"{self.num_states} {self.shape} {self.tokens.dtype}"
+        if self.layout != "HWC" and len(self.shape) == 3:
+            told += f" {self.layout}"
+        if self.horizontal_flip:
+            told += " flipped"
+        digest = hashlib.sha256(told.encode())
         digest.update(self.tokens.contiguous().numpy().tobytes())
         digest.update(self.example.contiguous().numpy().tobytes())
         if self.labels is not None:
@@ -85,42 +102,67 @@ def load(
     *,
     num_states: int | None = None,
     image_size: int | None = None,
-    grayscale: bool = True,
+    grayscale: bool | None = None,
     dataset_config: str | None = None,
     dataset_split: str = "train",
+    layout: Layout = "HWC",
+    horizontal_flip: bool = False,
 ) -> ImageTokens:
-    """Loads `digits`, an .npz or .npy of integers, a folder of pictures, or a data set of the `datasets` library.
+    """Loads images by the name of a built-in, a file, a folder, or a data set of the `datasets` library.
 
-    Arrays are (N, height, width[, channels]) of integers in 0..num_states-1; an .npz names them `images` and, where
-    it has them, `labels`. Pictures are resized to image_size and cut into num_states levels; the folders they lie
-    in are their labels. Raises ValueError where the source cannot be read so, or a value lies outside its states.
+    digits         8x8, 17 states, in this package
+    fashion_mnist  28x28, from the files of Debian's package dataset-fashion-mnist
+    .npz, .npy     (N, height, width[, channels]) of integers in 0..num_states-1; an .npz names them `images` and,
+                   where it has them, `labels`
+    a folder       CIFAR-10's python files where they lie in it; else every picture in it, labelled by its folder
+    another name   what `datasets.load_dataset` knows by it
+
+    Images have 256 levels, cut into num_states where that is given. Pictures keep their size, which must be one, or
+    are resized to image_size; they are grey where all of them are, unless grayscale says. dataset_split: "train" or
+    "test" for CIFAR-10 and Fashion-MNIST. layout, horizontal_flip: see `ImageTokens`.
+
+    Raises ValueError where the source cannot be read so, or a value lies outside its states.
     """
     path = Path(dataset_name).expanduser()
-    if dataset_name in BUILT_IN:
-        states = BUILT_IN[dataset_name]
+    make = partial(from_arrays, layout=layout, horizontal_flip=horizontal_flip)
+    if dataset_name in BUILT_IN and (states := BUILT_IN[dataset_name]) is not None:
         if num_states not in (None, states):
             raise ValueError(f"--num_states {num_states}: {dataset_name} has {states} states; leave the flag out")
-        return _from_array_file(ASSETS / f"{dataset_name}.npz", dataset_name, states)
-    if num_states is None:
-        raise ValueError(f"--num_states is missing: say how many states (grey levels) {dataset_name!r} has, e.g. 16")
-    if num_states < 1:
+        return _from_array_file(ASSETS / f"{dataset_name}.npz", dataset_name, states, make)
+    if num_states is not None and num_states < 1:
         raise ValueError(f"--num_states {num_states}: must be at least 1")
     if path.suffix in (".npz", ".npy"):
+        if num_states is None:
+            raise ValueError(f"--num_states is missing: say how many states the integers of {dataset_name!r} have")
         if not path.is_file():
             raise ValueError(f"--dataset_name {dataset_name!r}: no such file")
-        return _from_array_file(path, path.stem, num_states)
-    size = _checked_size(image_size, dataset_name)
-    if path.is_dir():
-        images, labels = _read_folder(path, size, grayscale)
+        return _from_array_file(path, path.stem, num_states, make)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image_size {image_size}: must be at least 1")
+    name, cifar10 = dataset_name, image_files.cifar10_folder(path)
+    if dataset_name in BUILT_IN or cifar10 is not None:
+        if cifar10 is None:
+            images, labels = image_files.read_fashion_mnist(dataset_split)
+        else:
+            name, (images, labels) = "cifar10", image_files.read_cifar10(cifar10, dataset_split)
+        _check_kept(name, images, image_size, grayscale)
+    elif path.is_dir():
         name = path.name
+        images, labels = image_files.read_folder(path, image_size, grayscale)
     else:
-        images, labels = _read_hub(dataset_name, dataset_config, dataset_split, size, grayscale)
-        name = dataset_name
-    return from_arrays(quantise(images, num_states), labels, num_states=num_states, name=name)
+        images, labels = image_files.read_hub(name, dataset_config, dataset_split, image_size, grayscale, BUILT_IN)
+    levels = 256 if num_states is None else num_states
+    return make(quantise(images, levels), labels, num_states=levels, name=name)
 
 
 def from_arrays(
-    images: np.ndarray, labels: np.ndarray | None = None, *, num_states: int, name: str = "images"
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    num_states: int,
+    name: str = "images",
+    layout: Layout = "HWC",
+    horizontal_flip: bool = False,
 ) -> ImageTokens:
     """ImageTokens of an integer array (N, height, width[, channels]); raises ValueError naming what does not fit."""
     if images.ndim not in (3, 4):
@@ -143,14 +185,19 @@ def from_arrays(
         )
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images; give one each, or no labels")
+    if layout not in get_args(Layout):
+        raise ValueError(f"{name}: layout must be one of {get_args(Layout)}, got {layout!r}")
     dtype = np.uint8 if num_states <= 256 else np.int32
+    ordered = np.moveaxis(images, -1, 1) if layout == "CHW" and images.ndim == 4 else images
     return ImageTokens(
         name=name,
-        tokens=torch.from_numpy(images.reshape(len(images), -1).astype(dtype)),
+        tokens=torch.from_numpy(ordered.astype(dtype).reshape(len(images), -1)),
         example=torch.arange(len(images)),
         labels=None if labels is None else torch.from_numpy(np.asarray(labels).astype(np.int64)),
         shape=tuple(images.shape[1:]),
         num_states=num_states,
+        layout=layout,
+        horizontal_flip=horizontal_flip,
     )
 
 
@@ -164,8 +211,22 @@ def split(data: ImageTokens, heldout_fraction: float) -> tuple[ImageTokens, Imag
 
 
 def quantise(images: np.ndarray, num_states: int) -> np.ndarray:
-    """uint8 pictures -> int64 levels 0..num_states-1, each level an equal share of the 256."""
-    return images.astype(np.int64) * num_states // 256
+    """uint8 pictures -> uint8 levels 0..num_states-1, each level an equal share of the 256."""
+    if num_states > 256:
+        raise ValueError(f"--num_states {num_states}: pictures have 256 levels; give at most 256, or leave it out")
+    return (np.arange(256) * num_states // 256).astype(np.uint8)[images]
+
+
+def as_images(tokens: Tensor, shape: tuple[int, ...], layout: Layout = "HWC") -> Tensor:
+    """tokens (N, D) -> (N, height, width[, channels]), whatever the order of their positions."""
+    if tokens.ndim != 2 or tokens.shape[1] != math.prod(shape):
+        raise ValueError(
+            f"as_images: tokens must be (N, {math.prod(shape)}) for images {shape}, got {tuple(tokens.shape)}"
+        )
+    if layout == "HWC" or len(shape) == 2:
+        return tokens.reshape(len(tokens), *shape)
+    height, width, channels = shape
+    return tokens.reshape(len(tokens), channels, height, width).permute(0, 2, 3, 1)
 
 
 def to_pixels(tokens: Tensor, num_states: int) -> np.ndarray:
@@ -174,7 +235,17 @@ def to_pixels(tokens: Tensor, num_states: int) -> np.ndarray:
     return (tokens.double() * scale).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _from_array_file(path: Path, name: str, num_states: int) -> ImageTokens:
+def _check_kept(name: str, images: np.ndarray, image_size: int | None, grayscale: bool | None) -> None:
+    """ValueError for flags that ask of a built-in what it is not."""
+    height, width = images.shape[1:3]
+    if image_size not in (None, height):
+        raise ValueError(f"--image_size {image_size}: {name} is {height} x {width}; leave the flag out")
+    is_grey = images.ndim == 3
+    if grayscale not in (None, is_grey):
+        raise ValueError(f"--grayscale {grayscale}: {name} is {'grey' if is_grey else 'RGB'}; leave the flag out")
+
+
+def _from_array_file(path: Path, name: str, num_states: int, make: Callable[..., ImageTokens]) -> ImageTokens:
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -182,65 +253,8 @@ def _from_array_file(path: Path, name: str, num_states: int) -> ImageTokens:
             f"{path}: not a readable array file ({error}); save integers with numpy.savez_compressed"
         ) from error
     if isinstance(file, np.ndarray):
-        return from_arrays(file, num_states=num_states, name=name)
+        return make(file, num_states=num_states, name=name)
     with file:
         if "images" not in file:
             raise ValueError(f"{path}: holds {sorted(file)}, no array named 'images'; save with images=...")
-        return from_arrays(file["images"], file.get("labels"), num_states=num_states, name=name)
-
-
-def _checked_size(image_size: int | None, dataset_name: str) -> int:
-    if image_size is None:
-        raise ValueError(f"--image_size is missing: pictures of {dataset_name!r} are resized to a square, e.g. 8 or 28")
-    if image_size < 1:
-        raise ValueError(f"--image_size {image_size}: must be at least 1")
-    return image_size
-
-
-def _pixels(picture: Any, size: int, grayscale: bool) -> np.ndarray:
-    picture = picture.convert("L" if grayscale else "RGB")
-    return np.asarray(picture if picture.size == (size, size) else picture.resize((size, size)))
-
-
-def _read_folder(path: Path, size: int, grayscale: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    from PIL import Image
-
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"--dataset_name {path}: no pictures ({', '.join(sorted(PICTURES))}) in this folder")
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                pictures.append(_pixels(picture, size, grayscale))
-        except OSError as error:
-            raise ValueError(f"{file}: not a readable picture ({error}); remove it or save it again") from error
-    folders = [file.parent for file in files]
-    names = sorted(set(folders))
-    labels = np.array([names.index(folder) for folder in folders]) if len(names) > 1 else None
-    return np.stack(pictures), labels
-
-
-def _read_hub(
-    name: str, config: str | None, split_name: str, size: int, grayscale: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"--dataset_name {name!r} is no built-in ({', '.join(BUILT_IN)}), file or folder; "
-            "to load it by name install the datasets library: pip install datasets"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, config, split=split_name)
-    except Exception as error:  # the library raises a dozen kinds; all of them mean the name cannot be had
-        raise ValueError(
-            f"--dataset_name {name!r} is no built-in ({', '.join(BUILT_IN)}), file or folder, "
-            f"and datasets cannot load it: {str(error).splitlines()[0]}"
-        ) from error
-    column = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if column is None:
-        raise ValueError(f"--dataset_name {name!r}: no column of images among {list(rows.features)}")
-    images = np.stack([_pixels(picture, size, grayscale) for picture in rows[column]])
-    label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
-    return images, None if label is None else np.asarray(rows[label])
+        return make(file["images"], file.get("labels"), num_states=num_states, name=name)

@@ -192,7 +192,7 @@ def evaluate(job: Run, teacher: CompactDenoiser, student: CompactDenoiser) -> di
         append_metrics(job.metrics, {"phase": "evaluation", **row})
         if row["seed"] == job.evaluation.eval_seeds[0]:
             grids[row["model"], row["num_steps"]] = samples
-            picture = pictures.grid(samples, job.train.shape, job.train.num_states)
+            picture = pictures.grid(samples, job.train.shape, job.train.num_states, layout=job.train.layout)
             pictures.save(picture, job.output / "samples" / f"{row['model']}-{row['num_steps']:03d}steps.png")
     return {
         "rows": rows,

@@ -25,7 +25,7 @@ from transformers import set_seed
 import di4c_ext
 from di4c_ext import checkpoints, data, random
 from di4c_ext.arguments import DataArguments, RunArguments, as_yaml, nearest, parse, read_stored, run
-from di4c_ext.augment import AUGMENTATION_DIM, augment_images
+from di4c_ext.augment import AUGMENTATION_DIM, MIRROR, augment_images, flip_images
 from di4c_ext.config import KeyedConfig
 from di4c_ext.metrics.likelihood import mean_likelihood_bound
 from di4c_ext.models import CompactConfig, CompactDenoiser
@@ -185,15 +185,22 @@ def bounds(teacher: CompactDenoiser, train: data.ImageTokens, heldout: data.Imag
 
 
 def augmentation(train: data.ImageTokens, share: float) -> Augment | None:
-    """What alters a `share` of the images in training and tells the network so; None for no share."""
-    if not share:
+    """What training does to images: mirrors some if the data says so, alters a `share` of them; None for neither."""
+    if not share and not train.horizontal_flip:
         return None
-    if len(train.shape) != 2:
+    if share and len(train.shape) != 2:
         raise ValueError(f"--augment_share {share}: works on grey images, these have shape {train.shape}; give 0")
-    alter = partial(augment_images, shape=(train.shape[0], train.shape[1]), num_states=train.num_states, share=share)
+    flip = partial(flip_images, shape=train.shape, layout=train.layout)
+    size = train.shape[0], train.shape[1]
+    alter = partial(augment_images, shape=size, num_states=train.num_states, share=share)
 
     def augment(x_0: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        altered, amounts = alter(x_0, random.fold_in(keys, 1))
+        own = random.fold_in(keys, 1)
+        if train.horizontal_flip:
+            x_0 = flip(x_0, random.fold_in(own, MIRROR))
+        if not share:
+            return x_0, {}
+        altered, amounts = alter(x_0, own)
         return altered, {"augmentation": amounts}
 
     return augment

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from di4c_ext import random
-from di4c_ext.augment import AUGMENTATION_DIM, augment_images
+from di4c_ext import data, random
+from di4c_ext.augment import AUGMENTATION_DIM, augment_images, flip_images
+from di4c_ext.pretrain import augmentation
 
 SHAPE, S, N = (8, 8), 17, 400
 
@@ -62,3 +63,37 @@ def test_hangs_on_the_key_alone(x_0):
 def test_wrong_shape(x_0):
     with pytest.raises(ValueError, match="x_0 must be"):
         augment_images(x_0[:, :-1], random.keys(0, N), shape=SHAPE, num_states=S)
+
+
+@pytest.mark.parametrize("layout", ["HWC", "CHW"])
+def test_mirror_images(layout):
+    shape = (2, 4, 3)
+    tokens = data.from_arrays(torch.arange(24).view(1, *shape).expand(N, *shape).numpy(), num_states=24, layout=layout)
+    x_0, keys = tokens.tokens.long(), random.keys(1, N)
+    flipped = flip_images(x_0, keys, shape=shape, layout=layout)
+    mirrored = (flipped != x_0).any(1)
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert torch.equal(flipped[~mirrored], x_0[~mirrored])
+    images = data.as_images(flipped, shape, layout)
+    assert torch.equal(images[mirrored], tokens.images()[mirrored].flip(2).long())
+    assert torch.equal(
+        torch.cat([flip_images(x_0[:1], key[None], shape=shape, layout=layout) for key in keys]), flipped
+    )
+    with pytest.raises(ValueError, match=r"x_0 must be \(B, 2 \* 4 \* 3\)"):
+        flip_images(x_0[:, 1:], keys, shape=shape)
+
+
+def test_training_mirrors_where_the_data_says_so(x_0):
+    digits = data.load("digits")
+    keys = random.keys(2, N)
+    assert augmentation(digits, 0.0) is None
+    flips = augmentation(data.load("digits", horizontal_flip=True), 0.0)
+    ramp = torch.arange(64).remainder(8).expand(N, 64).contiguous()
+    image, told = flips(ramp, keys)
+    assert told == {} and 0.4 < (image != ramp).any(1).float().mean() < 0.6
+    assert torch.equal(image[(image != ramp).any(1)], ramp[(image != ramp).any(1)].flip(1))
+    both, told = augmentation(data.load("digits", horizontal_flip=True), 0.5)(ramp, keys)
+    alone, same = augmentation(digits, 0.5)(ramp, keys)
+    untouched = (told["augmentation"] == 0).all(1)
+    assert torch.equal(told["augmentation"], same["augmentation"])
+    assert torch.equal(both[untouched], image[untouched]) and torch.equal(alone[untouched], ramp[untouched])

@@ -77,9 +77,34 @@ def test_folder_of_pictures(tmp_path: Path) -> None:
         data.load(str(tmp_path), num_states=4, image_size=3)
 
 
+def test_layouts_hold_the_same_images() -> None:
+    images = np.arange(2 * 2 * 3 * 3).reshape(2, 2, 3, 3)
+    together, apart = (data.from_arrays(images, num_states=36, layout=layout) for layout in ("HWC", "CHW"))
+    assert torch.equal(together.tokens, torch.arange(36).view(2, 18))
+    assert apart.tokens[0].tolist() == [*range(0, 18, 3), *range(1, 18, 3), *range(2, 18, 3)]
+    for loaded in (together, apart, apart.subset(torch.tensor([0, 1]))):
+        assert np.array_equal(loaded.images().numpy(), images) and loaded.shape == (2, 3, 3)
+    assert together.fingerprint() != apart.fingerprint()
+    grey = [data.from_arrays(images[..., 0], num_states=36, layout=layout) for layout in ("HWC", "CHW")]
+    assert torch.equal(grey[0].tokens, grey[1].tokens) and grey[0].fingerprint() == grey[1].fingerprint()
+    with pytest.raises(ValueError, match="layout must be one of"):
+        data.from_arrays(images, num_states=36, layout="WHC")
+    with pytest.raises(ValueError, match=r"tokens must be \(N, 18\) for images \(2, 3, 3\), got \(2, 17\)"):
+        data.as_images(together.tokens[:, :-1], (2, 3, 3))
+
+
+def test_flips_are_part_of_what_a_data_set_is() -> None:
+    plain, flipped = data.load("digits"), data.load("digits", horizontal_flip=True)
+    assert flipped.horizontal_flip and data.split(flipped, 0.5)[0].horizontal_flip
+    assert torch.equal(plain.tokens, flipped.tokens) and plain.fingerprint() != flipped.fingerprint()
+
+
 def test_quantise_cuts_the_range_evenly() -> None:
     levels = data.quantise(np.arange(256, dtype=np.uint8), 16)
-    assert np.bincount(levels).tolist() == [16] * 16
+    assert np.bincount(levels).tolist() == [16] * 16 and levels.dtype == np.uint8
+    for states in (1, 3, 17, 255, 256):  # uneven cuts differ by one
+        shares = np.bincount(data.quantise(np.arange(256, dtype=np.uint8), states))
+        assert len(shares) == states and shares.max() - shares.min() <= 1
     assert data.to_pixels(torch.arange(17), 17)[[0, 8, 16]].tolist() == [0, 128, 255]
 
 
@@ -108,7 +133,7 @@ def test_refuses_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("nameless.npz", {}, r"holds \['pixels'\], no array named 'images'"),
         ("objects.npy", {}, "not a readable array file"),
         ("missing.npz", {}, "no such file"),
-        ("", {}, "--image_size is missing"),
+        ("", {"image_size": 0}, "--image_size 0: must be at least 1"),
         ("", {"image_size": 4}, "no pictures"),
         ("../mnist", {"image_size": 4}, "pip install datasets"),
     ):

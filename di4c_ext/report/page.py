@@ -74,7 +74,7 @@ def _cards(facts: Facts) -> str:
 
 
 def _image(tokens: torch.Tensor, facts: Facts, text: str) -> str:
-    pixels = pictures.grid(tokens, facts.images.shape, facts.images.num_states, COLUMNS)
+    pixels = pictures.grid(tokens, facts.images.shape, facts.images.num_states, COLUMNS, facts.images.layout)
     height, width = pixels.shape[:2]
     source = pictures.data_url(pixels)
     return f'<img src="{source}" width="{width * 4}" height="{height * 4}" alt="{escape(text)}">'
