@@ -53,6 +53,63 @@ struct Lines {
   }
 };
 
+// What forward keeps for backward of a few successive positions.
+struct KeptLines {
+  Lines lse, lse_teacher, lse_target, pulls;
+
+  template <typename Args>
+  KeptLines(Arena& arena, const Args& x)
+      : lse(arena, 2 * x.L), lse_teacher(arena, x.teacher.data ? 2 : 0), lse_target(arena, 2 * x.T),
+        pulls(arena, x.teacher.data || x.T > 0 ? 2 * x.L : 0) {}
+
+  void write(const MixtureArgs& x, int64_t b, int64_t d, int64_t n) const {
+    lse.write(x.lse, x.L, x.B, x.D, b, d, n);
+    lse_teacher.write(x.lse_teacher, 1, x.B, x.D, b, d, n);
+    lse_target.write(x.lse_target, x.T, x.B, x.D, b, d, n);
+    pulls.write(x.pull, x.L, x.B, x.D, b, d, n);
+  }
+  void read(const MixtureBackwardArgs& x, int64_t b, int64_t d, int64_t n) const {
+    lse.read(x.lse, x.L, x.B, x.D, b, d, n);
+    lse_teacher.read(x.lse_teacher, 1, x.B, x.D, b, d, n);
+    lse_target.read(x.lse_target, x.T, x.B, x.D, b, d, n);
+    pulls.read(x.pull, x.L, x.B, x.D, b, d, n);
+  }
+
+  // f(b, d, at) for positions first .. end of all B D, at most kPositions of them; at: their place in the lines.
+  template <typename F>
+  void each_position(const MixtureBackwardArgs& x, int64_t first, int64_t end, const F& f) const {
+    for (int64_t i = first; i < end;) {
+      const int64_t b = i / x.D, d = i % x.D, n = end - i < x.D - d ? end - i : x.D - d;
+      read(x, b, d, n);
+      for (int64_t at = 0; at < n; ++at) f(b, d + at, at);
+      i += n;
+    }
+  }
+};
+
+// The gradients of a position's parts times its weight w: of each p_l in the distillation, and of the two marginals.
+struct PartGradients {
+  float distillation, to_teacher, to_target;
+
+  PartGradients(const MixtureBackwardArgs& x, int64_t b, float w) {
+    const bool inside = is_inside(x.inside, b), distils = x.teacher.data && (inside || !x.inside);
+    const float* parts = x.grad_parts + b;
+    distillation = distils ? w * parts[kDistillation * x.B] / static_cast<float>(x.L) : 0.0f;
+    to_teacher = x.teacher.data ? w * parts[kMarginalTeacher * x.B] : 0.0f;
+    to_target = x.T > 0 && !inside ? w * parts[kMarginalTarget * x.B] : 0.0f;
+  }
+
+  bool any() const { return distillation != 0 || to_teacher != 0 || to_target != 0; }
+
+  // What multiplies p_l, but for the tokens.
+  float slope(const Lines& pulls, int64_t L, int64_t l, int64_t at) const {
+    float sum = distillation;
+    if (to_teacher != 0) sum = fmaf(to_teacher, pulls.at(l, at), sum);
+    if (to_target != 0) sum = fmaf(to_target, pulls.at(L + l, at), sum);
+    return sum;
+  }
+};
+
 // One position's rows of some logits, their normalisers among them.
 struct Rows {
   int64_t count = 0;

@@ -40,7 +40,7 @@ struct Backward {
   const bool past;  // the caches
   const int columns, stride, strips;
   Rows logits, teacher, target;
-  Lines lse, lse_teacher, lse_target, pulls;  // of a few positions
+  KeptLines lines;  // of a few positions
   Tokens tokens;
   float *slope;               // (L): A_l
   float *e, *mass, *rho, *t, *out, *buffer;  // (L, stride), (columns) each, (kChunk) each
@@ -57,8 +57,7 @@ struct Backward {
         past(x.grad != x.logits.data && x.B * L * x.D * row_bytes(dtype, S) >= kStreamBytes),
         columns(x.teacher.data || x.T > 0 ? columns_of(L) : kChunk), stride(columns + W),
         strips(static_cast<int>(ceil_div(S, columns))), logits(arena, L), teacher(arena, x.teacher.data ? 1 : 0),
-        target(arena, x.T), lse(arena, 2 * L), lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T),
-        pulls(arena, x.teacher.data || x.T > 0 ? 2 * L : 0), tokens(arena, L, x.K) {
+        target(arena, x.T), lines(arena, x), tokens(arena, L, x.K) {
     slope = arena.take<float>(L);
     e = arena.take<float>(x.teacher.data || x.T > 0 ? L * stride : 0);
     mass = arena.take<float>(columns);
@@ -71,53 +70,31 @@ struct Backward {
     head = arena.take<LogisticSum>(dtype == kLogistic ? L : 0);
   }
 
-  // Positions first .. end of all B D, at most kPositions of them.
-  void run(int64_t first, int64_t end) {
-    for (int64_t i = first; i < end;) {
-      const int64_t b = i / args.D, d = i % args.D, n = end - i < args.D - d ? end - i : args.D - d;
-      lse.read(args.lse, L, args.B, args.D, b, d, n);
-      lse_teacher.read(args.lse_teacher, 1, args.B, args.D, b, d, n);
-      lse_target.read(args.lse_target, args.T, args.B, args.D, b, d, n);
-      pulls.read(args.pull, L, args.B, args.D, b, d, n);
-      for (int64_t at = 0; at < n; ++at) position(b, d + at, at);
-      i += n;
-    }
-  }
-
   void position(int64_t b, int64_t d, int64_t at) {
     const float w = weight_at(args.weight, b * args.D + d);
     if (w == 0) {
       for (int64_t l = 0; l < L; ++l) zero_row(args.grad, dtype, row_of(b, l, d), S);
       return;
     }
-    const bool inside = is_inside(args.inside, b);
-    const float* parts = args.grad_parts + b;
-    const bool distils = args.teacher.data && (inside || !args.inside), aims = args.T > 0 && !inside;
-    const float same = distils ? w * parts[kDistillation * args.B] / static_cast<float>(L) : 0.0f;
-    const float to_teacher = args.teacher.data ? w * parts[kMarginalTeacher * args.B] : 0.0f;
-    const float to_target = aims ? w * parts[kMarginalTarget * args.B] : 0.0f;
+    const PartGradients parts(args, b, w);
     logits.find(args.logits, S, b, d);
-    logits.recall(lse, at);
-    for (int64_t l = 0; l < L; ++l) {
-      slope[l] = same;
-      if (to_teacher != 0) slope[l] = fmaf(to_teacher, pulls.at(l, at), slope[l]);
-      if (to_target != 0) slope[l] = fmaf(to_target, pulls.at(L + l, at), slope[l]);
-    }
+    logits.recall(lines.lse, at);
+    for (int64_t l = 0; l < L; ++l) slope[l] = parts.slope(lines.pulls, L, l, at);
     if (args.K > 0) find_coefficients(b, d, w);
     for (int64_t l = 0; l < L && dtype == kLogistic; ++l) head[l] = {};
-    if (same != 0 || to_teacher != 0) {
+    if (parts.distillation != 0 || parts.to_teacher != 0) {
       teacher.find(args.teacher, S, b, d);
-      teacher.recall(lse_teacher, at);
+      teacher.recall(lines.lse_teacher, at);
     }
-    if (to_target != 0) {
+    if (parts.to_target != 0) {
       target.find(args.target, S, b, d);
-      target.recall(lse_target, at);
+      target.recall(lines.lse_target, at);
     }
-    if (same == 0 && to_teacher == 0 && to_target == 0)
+    if (parts.any())
+      for (int strip = 0; strip < strips; ++strip) write_together(b, d, strip, parts);
+    else
       for (int64_t l = 0; l < L; ++l)
         for (int strip = 0; strip < strips; ++strip) write_alone(b, l, d, strip);
-    else
-      for (int strip = 0; strip < strips; ++strip) write_together(b, d, strip, same, to_teacher, to_target);
     for (int64_t l = 0; l < L && dtype == kLogistic; ++l) {
       float* grad = reinterpret_cast<float*>(grad_row(args.grad, dtype, row_of(b, l, d), S));
       grad[0] = static_cast<float>(head[l].mean);
@@ -200,7 +177,8 @@ struct Backward {
     finish_piece(b, l, d, strip, n, piece);
   }
 
-  void write_together(int64_t b, int64_t d, int strip, float same, float to_teacher, float to_target) {
+  void write_together(int64_t b, int64_t d, int strip, const PartGradients& parts) {
+    const float same = parts.distillation, to_teacher = parts.to_teacher, to_target = parts.to_target;
     const int64_t start = static_cast<int64_t>(strip) * columns;
     const int n = min_int(S - start, columns);
     for (int64_t l = 0; l < L; ++l) {
@@ -230,7 +208,7 @@ struct Backward {
     });
     if (sum_lanes(tiny) != 0.0f)
       for (int j = 0; j < n; j += kLanes)
-        far(start, j, min_int(n - j, kLanes), to_teacher, to_target);
+        far(start, j, min_int(n - j, kLanes), parts);
     for (int64_t l = 0; l < L; ++l) {
       const f32 by = set(slope[l]);
       float* piece = piece_of(b, l, d, start);
@@ -253,7 +231,7 @@ struct Backward {
 
   // Where the mass of columns [start + j, start + j + n) is tiny, p_l gives way to p_l / mass / kFarScale and rho to
   // what stands over the mass times kFarScale: their product is as it should be, and p_l A_l is nothing either way.
-  void far(int64_t start, int j, int n, float to_teacher, float to_target) {
+  void far(int64_t start, int j, int n, const PartGradients& parts) {
     const Lanes tiny = tiny_lanes(mass + j, n), top = largest(logits, start + j, n);
     f32 sum[U] = {}, over[U] = {};
     for (int64_t l = 0; l < L; ++l) {
@@ -275,8 +253,8 @@ struct Backward {
         for (int u = 0; u < U; ++u) over[u] = fma(each_by, exp_nonpos(now.v[u]), over[u]);
       }
     };
-    collect(teacher, to_teacher);
-    collect(target, to_target);
+    collect(teacher, parts.to_teacher);
+    collect(target, parts.to_target);
     for (int u = 0; u < U && u * W < n; ++u)
       store(rho + j + u * W, tiny.v[u] == 0.0f ? load(rho + j + u * W) : over[u] * kFarScale);
   }
@@ -295,7 +273,8 @@ void mixture_backward(const MixtureBackwardArgs& args, int threads) {
            [&](int64_t task, void* memory) {
     Backward backward(args, memory);
     const int64_t first = runs.first(task);
-    backward.run(first, runs.end(first));
+    backward.lines.each_position(args, first, runs.end(first),
+                                 [&](int64_t b, int64_t d, int64_t at) { backward.position(b, d, at); });
     fence();
   });
 }

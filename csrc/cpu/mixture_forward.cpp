@@ -26,13 +26,14 @@ struct Position {
 struct Forward {
   const MixtureArgs& args;
   Arena arena;
-  const bool divergent, divided;           // any part is wanted; teacher or target is there, and pull
+  const bool divergent;                    // any part is wanted
   const int64_t S, L, chunks, wide, stride;  // wide: S padded; stride: between rows of e
   const bool table;                        // e holds whole rows, not strips
   const int64_t group;                     // positions whose rows are read together
   Position read_positions[kPositions], *here;
   Rows teacher, target;
-  Lines lse, lse_teacher, lse_target, pulls, rows;  // of the block's positions
+  KeptLines lines;  // of the block's positions
+  Lines rows;
   const int64_t Kp;
   double *a, *total;              // (L, Kp), (L + 1, Kp)
   float *t, *g, *one, *room;      // (wide) each
@@ -43,11 +44,10 @@ struct Forward {
 
   Forward(const MixtureArgs& x, void* memory)
       : args(x), arena(memory), divergent(x.teacher.data || x.T > 0 || x.information),
-        divided(x.teacher.data || x.T > 0), S(x.S), L(x.L), chunks(ceil_div(S, kChunk)), wide(padded(S)),
+        S(x.S), L(x.L), chunks(ceil_div(S, kChunk)), wide(padded(S)),
         stride((L * wide * 4 <= kTableBytes ? wide : kChunk) + W), table(L * wide * 4 <= kTableBytes),
-        group(divergent ? group_of(L, S) : kPositions), here(read_positions), teacher(arena, x.teacher.data ? 1 : 0), target(arena, x.T), lse(arena, 2 * L),
-        lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T), pulls(arena, divided ? 2 * L : 0),
-        rows(arena, kParts), Kp(Tokens::pad(x.K)) {
+        group(divergent ? group_of(L, S) : kPositions), here(read_positions), teacher(arena, x.teacher.data ? 1 : 0),
+        target(arena, x.T), lines(arena, x), rows(arena, kParts), Kp(Tokens::pad(x.K)) {
     for (int64_t i = 0; i < group; ++i) {
       Position& p = read_positions[i];
       p.logits = Rows(arena, L);
@@ -84,17 +84,14 @@ struct Forward {
         here = read_positions + i;
         position(b, d + i);
         const int64_t at = d + i - first;
-        here->logits.keep_all(lse, at);
-        teacher.keep_all(lse_teacher, at);
-        target.keep_all(lse_target, at);
+        here->logits.keep_all(lines.lse, at);
+        teacher.keep_all(lines.lse_teacher, at);
+        target.keep_all(lines.lse_target, at);
         for (int64_t q = 0; q < kParts; ++q) rows.at(q, at) = static_cast<float>(part[q]);
-        for (int64_t l = 0; l < pulls.count; ++l) pulls.at(l, at) = static_cast<float>(pull[l]);
+        for (int64_t l = 0; l < lines.pulls.count; ++l) lines.pulls.at(l, at) = static_cast<float>(pull[l]);
       }
     }
-    lse.write(args.lse, L, args.B, args.D, b, first, end - first);
-    lse_teacher.write(args.lse_teacher, 1, args.B, args.D, b, first, end - first);
-    lse_target.write(args.lse_target, args.T, args.B, args.D, b, first, end - first);
-    pulls.write(args.pull, L, args.B, args.D, b, first, end - first);
+    lines.write(args, b, first, end - first);
     rows.write(args.row, 1, args.B, args.D, b, first, end - first);
     for (int64_t l = 0; l <= L; ++l)
       for (int64_t k = 0; k < args.K; ++k) work[l * args.K + k] = total[l * Kp + k];
@@ -195,9 +192,11 @@ struct Forward {
   void add_divergences(int64_t b) {
     for (int64_t c = 0; c < chunks; ++c) {
       offset[c] = 0;
-      for (int64_t l = 0; l < L; ++l) offset[c] += (here->chunk_max[l * chunks + c] - here->logits.norm[l].max) - here->log_sum[l];
+      for (int64_t l = 0; l < L; ++l)
+        offset[c] += (here->chunk_max[l * chunks + c] - here->logits.norm[l].max) - here->log_sum[l];
     }
-    for (int64_t l = 0; l < L && table; ++l) chunk_factors(here->chunk_max + l * chunks, chunks, here->logits.norm[l], 1.0f);
+    for (int64_t l = 0; l < L && table; ++l)
+      chunk_factors(here->chunk_max + l * chunks, chunks, here->logits.norm[l], 1.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t start = c * kChunk;
       const int n = min_int(S - start, kChunk);

@@ -12,7 +12,7 @@ struct ShortBackward {
   Arena arena;
   const int64_t S, L, K;
   ShortRows logits, teacher, target;
-  Lines lse, lse_teacher, lse_target, pulls;  // of a few positions
+  KeptLines lines;  // of a few positions
   float* brought;   // (K, wide): (gj + gc)_k share_lk of the sample `sample`
   float* by_state;  // (S, wide): their sums over the tokens of this position that name a state
   float *slope, *over, *same, *named;  // (wide), (S): A_l; what multiplies r; what is taken off; sum_k gc_k
@@ -20,27 +20,14 @@ struct ShortBackward {
   int64_t sample = -1;
 
   ShortBackward(const MixtureBackwardArgs& x, void* memory)
-      : args(x), arena(memory), S(x.S), L(x.L), K(x.K), logits(arena, L, S, true), teacher(arena, x.teacher.data ? 1 : 0, S, false),
-        target(arena, x.T, S, false), lse(arena, 2 * L), lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T),
-        pulls(arena, x.teacher.data || x.T > 0 ? 2 * L : 0), brought(arena.take<float>(K * logits.wide)),
+      : args(x), arena(memory), S(x.S), L(x.L), K(x.K), logits(arena, L, S, true),
+        teacher(arena, x.teacher.data ? 1 : 0, S, false), target(arena, x.T, S, false), lines(arena, x),
+        brought(arena.take<float>(K * logits.wide)),
         by_state(arena.take<float>(S * logits.wide)), slope(arena.take<float>(logits.wide)),
         over(arena.take<float>(S)), same(arena.take<float>(S)), named(arena.take<float>(S)),
         piece(arena.take<float>(padded(kShort))) {}
 
   int64_t row_of(int64_t b, int64_t l, int64_t d) const { return (b * L + l) * args.D + d; }
-
-  // Positions first .. end of all B D, at most kPositions of them.
-  void run(int64_t first, int64_t end) {
-    for (int64_t i = first; i < end;) {
-      const int64_t b = i / args.D, d = i % args.D, n = end - i < args.D - d ? end - i : args.D - d;
-      lse.read(args.lse, L, args.B, args.D, b, d, n);
-      lse_teacher.read(args.lse_teacher, 1, args.B, args.D, b, d, n);
-      lse_target.read(args.lse_target, args.T, args.B, args.D, b, d, n);
-      pulls.read(args.pull, L, args.B, args.D, b, d, n);
-      for (int64_t at = 0; at < n; ++at) position(b, d + at, at);
-      i += n;
-    }
-  }
 
   void position(int64_t b, int64_t d, int64_t at) {
     const float w = weight_at(args.weight, b * args.D + d);
@@ -49,18 +36,13 @@ struct ShortBackward {
       for (int64_t l = 0; l < L; ++l) zero_row(args.grad, dtype, row_of(b, l, d), S);
       return;
     }
-    const bool inside = is_inside(args.inside, b);
-    const float* parts = args.grad_parts + b;
-    const bool distils = args.teacher.data && (inside || !args.inside), aims = args.T > 0 && !inside;
-    const float spread = distils ? w * parts[kDistillation * args.B] / static_cast<float>(L) : 0.0f;
-    const float to_teacher = args.teacher.data ? w * parts[kMarginalTeacher * args.B] : 0.0f;
-    const float to_target = aims ? w * parts[kMarginalTarget * args.B] : 0.0f;
+    const PartGradients parts(args, b, w);
     if (d + 1 < args.D)
       for (int64_t l = 0; l < L; ++l) prefetch(args.logits, S, b, l, d + 1);
     logits.read_rows(args.logits, b, d);
-    logits.recall(lse, at);
+    logits.recall(lines.lse, at);
     logits.rough_shares();
-    find_slopes(at, spread, to_teacher, to_target);
+    for (int64_t l = 0; l < logits.wide; ++l) slope[l] = l < L ? parts.slope(lines.pulls, L, l, at) : 0;
     for (int64_t s = 0; s < S; ++s) over[s] = same[s] = 0;
     const auto weigh = [&](ShortRows& rows, const Logits& x, const Lines& planes, float by, float taken) {
       if (by == 0 && taken == 0) return;
@@ -74,18 +56,10 @@ struct ShortBackward {
         store(same + s, n, fma(set(taken), t, load(same + s, n, 0.0f)));
       }
     };
-    weigh(teacher, args.teacher, lse_teacher, to_teacher, spread);
-    weigh(target, args.target, lse_target, to_target, 0.0f);
+    weigh(teacher, args.teacher, lines.lse_teacher, parts.to_teacher, parts.distillation);
+    weigh(target, args.target, lines.lse_target, parts.to_target, 0.0f);
     if (K > 0) add_tokens(b, d, w);
     write_rows(b, d);
-  }
-
-  void find_slopes(int64_t at, float spread, float to_teacher, float to_target) {
-    for (int64_t l = 0; l < logits.wide; ++l) slope[l] = l < L ? spread : 0;
-    for (int64_t l = 0; l < L && to_teacher != 0; ++l)
-      slope[l] = fmaf(to_teacher, pulls.at(l, at), slope[l]);
-    for (int64_t l = 0; l < L && to_target != 0; ++l)
-      slope[l] = fmaf(to_target, pulls.at(L + l, at), slope[l]);
   }
 
   // The sample's (gj + gc) share, a line of lanes to each k: made once for all its positions.
@@ -153,13 +127,14 @@ struct ShortBackward {
 void short_backward(const MixtureBackwardArgs& args, int threads) {
   constexpr int64_t kRun = 1 << 16;
   const int64_t per_position = (args.L + args.T) * args.S * 4 + args.L * args.K + 1;
-  const int64_t length = kRun / per_position < 1 ? 1 : kRun / per_position < kPositions ? kRun / per_position : kPositions;
+  const int64_t fitting = kRun / per_position, length = fitting < 1 ? 1 : fitting < kPositions ? fitting : kPositions;
   const Runs runs(args.B * args.D, length, threads);
   parallel(runs.tasks, threads, args.B * args.D * per_position, ShortBackward(args, nullptr).arena.used(),
            [&](int64_t task, void* memory) {
     ShortBackward backward(args, memory);
     const int64_t first = runs.first(task);
-    backward.run(first, runs.end(first));
+    backward.lines.each_position(args, first, runs.end(first),
+                                 [&](int64_t b, int64_t d, int64_t at) { backward.position(b, d, at); });
   });
 }
 

@@ -9,19 +9,18 @@ struct ShortForward {
   const MixtureArgs& args;
   Arena arena;
   const int64_t S, L, K;
-  const bool divergent, divided;
   ShortRows logits, teacher, target;
-  Lines lse, lse_teacher, lse_target, pulls, rows;  // of the block's positions
+  KeptLines lines;  // of the block's positions
+  Lines rows;
   double *total, *marginal;  // (K, wide), (K): sums over the block's positions
   double* centred;           // (S, wide): w (log p - log mean p), 0 where no row has the state
   float *pull, *share, *spread;  // (2, wide), (padded S) each
 
   ShortForward(const MixtureArgs& x, void* memory)
-      : args(x), arena(memory), S(x.S), L(x.L), K(x.K), divergent(x.teacher.data || x.T > 0 || x.information),
-        divided(x.teacher.data || x.T > 0), logits(arena, L, S, true), teacher(arena, x.teacher.data ? 1 : 0, S, false),
-        target(arena, x.T, S, false), lse(arena, 2 * L),
-        lse_teacher(arena, 2 * teacher.count), lse_target(arena, 2 * x.T), pulls(arena, divided ? 2 * L : 0),
-        rows(arena, kParts), total(arena.take<double>(K * logits.wide)), marginal(arena.take<double>(K)),
+      : args(x), arena(memory), S(x.S), L(x.L), K(x.K), logits(arena, L, S, true),
+        teacher(arena, x.teacher.data ? 1 : 0, S, false),
+        target(arena, x.T, S, false), lines(arena, x), rows(arena, kParts),
+        total(arena.take<double>(K * logits.wide)), marginal(arena.take<double>(K)),
         centred(arena.take<double>(K > 0 ? S * logits.wide : 0)),
         pull(arena.take<float>(2 * logits.wide)), share(arena.take<float>(padded(S))),
         spread(arena.take<float>(padded(S))) {}
@@ -32,10 +31,7 @@ struct ShortForward {
     for (int64_t i = 0; i < K * logits.wide; ++i) total[i] = 0;
     for (int64_t k = 0; k < K; ++k) marginal[k] = 0;
     for (int64_t d = first; d < end; ++d) position(b, d, d - first, weight_at(args.weight, b * args.D + d));
-    lse.write(args.lse, L, args.B, args.D, b, first, end - first);
-    lse_teacher.write(args.lse_teacher, 1, args.B, args.D, b, first, end - first);
-    lse_target.write(args.lse_target, args.T, args.B, args.D, b, first, end - first);
-    pulls.write(args.pull, L, args.B, args.D, b, first, end - first);
+    lines.write(args, b, first, end - first);
     rows.write(args.row, 1, args.B, args.D, b, first, end - first);
     double* work = args.work + task * (L + 1) * K;
     for (int64_t l = 0; l < L; ++l)
@@ -80,11 +76,11 @@ struct ShortForward {
         part[kInformation] = divergence(spread, nullptr);
       }
     }
-    logits.keep_all(lse, at);
-    teacher.keep_all(lse_teacher, at);
-    target.keep_all(lse_target, at);
+    logits.keep_all(lines.lse, at);
+    teacher.keep_all(lines.lse_teacher, at);
+    target.keep_all(lines.lse_target, at);
     for (int64_t q = 0; q < kParts; ++q) rows.at(q, at) = static_cast<float>(part[q]);
-    for (int64_t i = 0; i < pulls.count; ++i) pulls.at(i, at) = pull[i / L * logits.wide + i % L];
+    for (int64_t i = 0; i < lines.pulls.count; ++i) lines.pulls.at(i, at) = pull[i / L * logits.wide + i % L];
   }
 
   // A state's line is the same for every token that names it.
