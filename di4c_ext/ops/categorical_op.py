@@ -11,6 +11,7 @@ from torch import Tensor
 
 from di4c_ext.ops import native, reference
 from di4c_ext.ops.library import register
+from di4c_ext.ops.reference.objective import unpacked
 from di4c_ext.ops.reference.sampling import CHUNK
 
 
@@ -34,9 +35,7 @@ def _sample(
             raise ValueError(f"absorbing_step: unmask_prob must lie in [0, 1] everywhere, got {worst}")
     run = native.kernels(logits)
     if run is None:
-        x = logits
-        if logistic_states is not None:
-            x = reference.logistic_logits(logits[..., 0], logits[..., 1], logistic_states)
+        x = logits if logistic_states is None else unpacked(logits, logistic_states)
         tokens, log_prob = reference.sample(x, keys, x_t, unmask_prob, mask_id, draws, stream, temperature, first)
         return tokens, log_prob if with_log_prob else log_prob.new_empty(0)
     return draw(

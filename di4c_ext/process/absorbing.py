@@ -105,7 +105,7 @@ class AbsorbingProcess:
         Hidden is made whole.
         """
         arguments.states(f"{_NAME}.step", "x_t", x_t, keys)
-        self._check_logits("step", logits, x_t)
+        arguments.logits(f"{_NAME}.step", logits, x_t, self.num_states)
         unmask = arguments.per_sample(f"{_NAME}.step", "t and s", self.unmask_prob(t, s), x_t)
         x_s: Any = ops.absorbing_step(
             rows.whole(logits),
@@ -121,7 +121,7 @@ class AbsorbingProcess:
 
     def posterior(self, x_t: Tensor, logits: Logits, t: Time, s: Time) -> Tensor:
         """The law of `step`, exactly: float64 (B, D, N) over the N = max(S, mask_id + 1) states. For tests."""
-        self._check_logits("posterior", logits, x_t)
+        arguments.logits(f"{_NAME}.posterior", logits, x_t, self.num_states)
         unmask = arguments.per_sample(f"{_NAME}.posterior", "t and s", self.unmask_prob(t, s), x_t)
         p = self.carry_over(rows.whole(logits).double(), x_t).softmax(-1)
         p = torch.nn.functional.pad(p, (0, max(self.mask_id + 1 - self.num_states, 0)))
@@ -135,15 +135,8 @@ class AbsorbingProcess:
 
     def carry_over(self, logits: Logits, x: Tensor) -> Tensor:
         """Logits (..., D, S): at clean positions of x (..., D) the state itself is certain; no mask is predicted."""
-        self._check_logits("carry_over", logits, x)
+        arguments.logits(f"{_NAME}.carry_over", logits, x, self.num_states)
         states = torch.arange(self.num_states, device=x.device)
         clean = (x != self.mask_id)[..., None]
         possible = torch.where(clean, states == x[..., None], states != self.mask_id)
         return rows.whole(logits).masked_fill(clean, 0.0).masked_fill(~possible, -torch.inf)
-
-    def _check_logits(self, method: str, logits: Logits, x: Tensor) -> None:
-        if tuple(logits.shape) != (*x.shape, self.num_states):
-            raise ValueError(
-                f"AbsorbingProcess.{method}: logits must be {(*x.shape, self.num_states)}, the states' shape and then "
-                f"S = {self.num_states}, got {tuple(logits.shape)}"
-            )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from di4c_ext.ops import Logits
 from di4c_ext.process.base import Time
 
 
@@ -67,6 +68,16 @@ def states(caller: str, name: str, x: Tensor, keys: Tensor | None) -> None:
         raise ValueError(f"{caller}: {name} must be int64 (B, D), got {x.dtype} {tuple(x.shape)}")
     if keys is not None and keys.shape != (x.shape[0],):
         raise ValueError(f"{caller}: keys must be ({x.shape[0]},), one a sample of {name}, got {tuple(keys.shape)}")
+
+
+def logits(caller: str, value: Logits, x: Tensor, num_states: int) -> None:
+    """A row of S logits to each state of x."""
+    expected = (*x.shape, num_states)
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{caller}: logits must be {expected}, the states' shape and then S = {num_states}, "
+            f"got {tuple(value.shape)}"
+        )
 
 
 def known_states(caller: str, name: str, x: Tensor, num_states: int) -> None:

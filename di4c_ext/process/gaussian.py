@@ -221,7 +221,7 @@ class GaussianProcess:
 
     def carry_over(self, logits: AnyLogits, x: Tensor) -> AnyLogits:
         """The logits (..., D, S) as they are: nothing that x tells is certain."""
-        self._check_logits("carry_over", logits, x)
+        arguments.logits(f"{_NAME}.carry_over", logits, x, self.num_states)
         return logits
 
     # ---- tables ----
@@ -292,14 +292,7 @@ class GaussianProcess:
         caller = f"{_NAME}.{method}"
         arguments.states(caller, "x_t", x_t, keys)
         arguments.known_states(caller, "x_t", x_t, self.num_states)
-        self._check_logits(method, logits, x_t)
-
-    def _check_logits(self, method: str, logits: Logits, x: Tensor) -> None:
-        if tuple(logits.shape) != (*x.shape, self.num_states):
-            raise ValueError(
-                f"{_NAME}.{method}: logits must be {(*x.shape, self.num_states)}, the states' shape and then "
-                f"S = {self.num_states}, got {tuple(logits.shape)}"
-            )
+        arguments.logits(f"{_NAME}.{method}", logits, x_t, self.num_states)
 
 
 def _distinct(tau: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -101,7 +101,7 @@ class UniformProcess:
         caller = f"{_NAME}.step"
         arguments.states(caller, "x_t", x_t, keys)
         arguments.known_states(caller, "x_t", x_t, self.num_states)
-        self._check_logits("step", logits, x_t)
+        arguments.logits(f"{_NAME}.step", logits, x_t, self.num_states)
         at = self._times("step", t, s, x_t)
         x = rows.whole(logits)
         number = arguments.draws(caller, draws)
@@ -121,7 +121,7 @@ class UniformProcess:
 
     def posterior(self, x_t: Tensor, logits: Logits, t: Time, s: Time) -> Tensor:
         """The law of `step`, exactly: float64 (B, D, S). For tests."""
-        self._check_logits("posterior", logits, x_t)
+        arguments.logits(f"{_NAME}.posterior", logits, x_t, self.num_states)
         at = _Times(*(v[:, None, None] for v in self._times("posterior", t, s, x_t)))
         p = rows.whole(logits).double().softmax(-1)
         here = torch.nn.functional.one_hot(x_t, self.num_states)
@@ -135,7 +135,7 @@ class UniformProcess:
 
     def carry_over(self, logits: AnyLogits, x: Tensor) -> AnyLogits:
         """The logits (..., D, S) as they are: nothing that x tells is certain."""
-        self._check_logits("carry_over", logits, x)
+        arguments.logits(f"{_NAME}.carry_over", logits, x, self.num_states)
         return logits
 
     def _any_state(self, bits: Tensor) -> Tensor:
@@ -156,13 +156,6 @@ class UniformProcess:
         total = at.alpha_t * p + at.lost_t / self.num_states
         keep = (1 - at.lost_between) * (at.alpha_s * p + at.lost_s / self.num_states)
         return keep / total, at.lost_between * at.lost_s / self.num_states / total
-
-    def _check_logits(self, method: str, logits: Logits, x: Tensor) -> None:
-        if tuple(logits.shape) != (*x.shape, self.num_states):
-            raise ValueError(
-                f"{_NAME}.{method}: logits must be {(*x.shape, self.num_states)}, the states' shape and then "
-                f"S = {self.num_states}, got {tuple(logits.shape)}"
-            )
 
 
 def _probability(x: Tensor, here: Tensor, drawn: Tensor, log_prob: Tensor, temperature: float) -> Tensor:
