@@ -12,7 +12,8 @@ from levels import Chain, enumerated, latents_of, start, table
 from tiny import chi_square_z, counts, index
 
 from di4c_ext import random
-from di4c_ext.ops import Logistic, native, reference
+from di4c_ext.ops import Logistic, native
+from di4c_ext.ops.reference import objective
 from di4c_ext.ops.reference.logistic import logistic_logits
 from di4c_ext.process import AbsorbingProcess
 from di4c_ext.sampler import (
@@ -87,7 +88,7 @@ def test_a_logistic_without_kernels_is_made_piece_by_piece(monkeypatch, last_lat
         options = {"latents": latents_of(3), "last_latents": last_latents, "logits_bytes": logits_bytes}
         return sample_analytic(student, process, x, analytic_times(2), keys, **options)
 
-    monkeypatch.setattr(reference, "logistic_logits", watched)
+    monkeypatch.setattr(objective, "logistic_logits", watched)  # where rows (mean, log-scale) are made logits
     if not native.available("cpu"):
         pytest.skip("no kernels to compare with")
     served = run(1)
@@ -117,7 +118,8 @@ _PROGRAM = """
 import torch
 from levels import Chain
 from di4c_ext import random
-from di4c_ext.ops import Logistic, native, reference
+from di4c_ext.ops import Logistic, native
+from di4c_ext.ops.reference import objective
 from di4c_ext.ops.reference.logistic import logistic_logits
 from di4c_ext.sampler import GuidedDenoiser, sample_analytic, sample_tau_leaping
 
