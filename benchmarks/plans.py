@@ -144,15 +144,20 @@ def mixture(shape: tuple[int, ...], dtype: str, *, tokens: bool, teacher: bool, 
     for name, rows in (("logits", L), ("teacher", 1), ("target", L)):
         numbers |= strides(name, dtype, rows, D, S)
     inputs = ("logits", *given, *(("tokens",) if tokens else ()))
+    values = ("joint", "correlation")
     kept = ("lse", "lse_teacher", "lse_target", "share", "pull")
     name = "mixture_objective" if len(given) == 2 else "mixture_log_prob" if tokens else "mixture_kl"
     row = B * D * S * SIZES[dtype]
     read = row * (L + teacher + (L if target else 0))
-    forward = ("mixture", numbers, (*inputs, *kept, "joint", "correlation", "parts", "work", "row"))
+    forward = ("mixture", numbers, (*inputs, *values, *kept, "parts", "work", "row"))
     yield Case(name, shape, dtype, (forward,), read)
     gradients = ("grad_joint", "grad_correlation", "grad_parts", "grad")
     yield Case(
-        f"{name} backward", shape, dtype, (("mixture_backward", numbers, (*inputs, *kept, *gradients)),), read + row * L
+        f"{name} backward",
+        shape,
+        dtype,
+        (("mixture_backward", numbers, (*inputs, *values, *kept, *gradients)),),
+        read + row * L,
     )
 
 

@@ -60,7 +60,7 @@ struct KeptLines {
   template <typename Args>
   KeptLines(Arena& arena, const Args& x)
       : lse(arena, 2 * x.L), lse_teacher(arena, x.teacher.data ? 2 : 0), lse_target(arena, 2 * x.T),
-        pulls(arena, x.teacher.data || x.T > 0 ? 2 * x.L : 0) {}
+        pulls(arena, (x.teacher.data ? x.L : 0) + (x.T > 0 ? x.L : 0)) {}
 
   void write(const MixtureArgs& x, int64_t b, int64_t d, int64_t n) const {
     lse.write(x.lse, x.L, x.B, x.D, b, d, n);
@@ -75,13 +75,14 @@ struct KeptLines {
     pulls.read(x.pull, x.L, x.B, x.D, b, d, n);
   }
 
-  // f(b, d, at) for positions first .. end of all B D, at most kPositions of them; at: their place in the lines.
+  // Positions first .. end of all B D, sample by sample, at most kPositions of them: f(b, d, n) finds the lines of
+  // d .. d + n.
   template <typename F>
-  void each_position(const MixtureBackwardArgs& x, int64_t first, int64_t end, const F& f) const {
+  void each_run(const MixtureBackwardArgs& x, int64_t first, int64_t end, const F& f) const {
     for (int64_t i = first; i < end;) {
       const int64_t b = i / x.D, d = i % x.D, n = end - i < x.D - d ? end - i : x.D - d;
       read(x, b, d, n);
-      for (int64_t at = 0; at < n; ++at) f(b, d + at, at);
+      f(b, d, n);
       i += n;
     }
   }
@@ -105,7 +106,7 @@ struct PartGradients {
   float slope(const Lines& pulls, int64_t L, int64_t l, int64_t at) const {
     float sum = distillation;
     if (to_teacher != 0) sum = fmaf(to_teacher, pulls.at(l, at), sum);
-    if (to_target != 0) sum = fmaf(to_target, pulls.at(L + l, at), sum);
+    if (to_target != 0) sum = fmaf(to_target, pulls.at(pulls.count - L + l, at), sum);
     return sum;
   }
 };

@@ -37,10 +37,10 @@ struct Forward {
   const int64_t Kp;
   double *a, *total;              // (L, Kp), (L + 1, Kp)
   float *t, *g, *one, *room;      // (wide) each
-  double* pull;                       // (2, L)
+  double *pull, *target_pull;         // (planes, L), and the target's plane, the last
   double* offset;                     // (chunks): what `centred` lacks of a sum of log-probabilities
   double part[kParts];
-  float *mass, *share, *buffer;       // (kChunk)
+  float *mass, *share, *buffer;       // (kChunk) each, buffer of two rows
 
   Forward(const MixtureArgs& x, void* memory)
       : args(x), arena(memory), divergent(x.teacher.data || x.T > 0 || x.information),
@@ -61,6 +61,7 @@ struct Forward {
     a = arena.take<double>(L * Kp);
     total = arena.take<double>((L + 1) * Kp);
     pull = arena.take<double>(2 * L);
+    target_pull = pull + (x.teacher.data ? L : 0);
     offset = arena.take<double>(chunks);
     t = arena.take<float>(x.teacher.data ? wide : 0);
     g = arena.take<float>(x.T > 0 ? wide : 0);
@@ -68,7 +69,7 @@ struct Forward {
     room = arena.take<float>(x.logits.dtype == kLogistic ? wide : 0);
     mass = arena.take<float>(kChunk);
     share = arena.take<float>(kChunk);
-    buffer = arena.take<float>(kChunk);
+    buffer = arena.take<float>(2 * kChunk);
   }
 
   bool distils(int64_t b) const { return args.teacher.data && (!args.inside || is_inside(args.inside, b)); }
@@ -108,15 +109,40 @@ struct Forward {
       p.logits.find(args.logits, S, b, d + i);
       if (args.K > 0) p.tokens.find(args, b, d + i);
     }
-    for (int64_t l = 0; l < L; ++l)
-      for (int64_t i = 0; i < n; ++i)
-        if (read_positions[i].w != 0) read_row(read_positions[i], l, distils(b));
+    const Position* used[kPositions];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (read_positions[i].w != 0) used[count++] = read_positions + i;
+    const bool plain = !divergent && args.logits.dtype != kLogistic;
+    for (int64_t l = 0; l < L; ++l) {
+      int64_t i = 0;
+      for (; plain && i + 2 <= count; i += 2) read_plain<2>(used + i, l);
+      for (; plain && i < count; ++i) read_plain<1>(used + i, l);
+      for (; i < count; ++i) read_row(*used[i], l, distils(b));
+    }
     for (int64_t i = 0; i < n; ++i) {
       const Position& p = read_positions[i];
       if (p.w == 0) continue;
       for (int64_t l = L; l < padded(L); ++l) p.sum[l] = 1;
       for (int64_t l = 0; l < L; l += W / 2) store(p.log_sum + l, log_from_one(load(p.sum + l)));
       for (int64_t l = 0; l < L; ++l) p.logits.norm[l].log_sum = static_cast<float>(p.log_sum[l]);
+    }
+  }
+
+  // Row l of N positions, of which nothing but normaliser and tokens is wanted.
+  template <int N>
+  void read_plain(const Position* const* positions, int64_t l) {
+    const Row* rows_l[N];
+    float* buffers[N];
+    RowSum found[N];
+    const float* floats[N];
+    for (int r = 0; r < N; ++r) rows_l[r] = positions[r]->logits.row + l, buffers[r] = buffer + r * kChunk;
+    sum_rows<N>(rows_l, buffers, found, floats);
+    for (int r = 0; r < N; ++r) {
+      const Position& p = *positions[r];
+      if (args.K > 0) p.tokens.gather(l, *rows_l[r], chunks == 1 ? floats[r] : nullptr);
+      p.logits.norm[l].max = found[r].max;
+      p.sum[l] = found[r].sum;
     }
   }
 
@@ -209,7 +235,7 @@ struct Forward {
       if (distils(b)) part[kDistillation] += spread(start, n, static_cast<float>(offset[c] / static_cast<double>(L)));
       if (aims(b)) {
         part[kMarginalTarget] += divergence(g + start, n);
-        add_pulls(strip, n, pull + L);
+        add_pulls(strip, n, target_pull);
       }
       if (args.information) {
         const f32 by = set(strip.factor[0]);
@@ -317,7 +343,7 @@ struct Forward {
       }
     };
     if (args.teacher.data) against(teacher, part[kMarginalTeacher], pull);
-    if (aims(b)) against(target, part[kMarginalTarget], pull + L);
+    if (aims(b)) against(target, part[kMarginalTarget], target_pull);
     if (args.information) {
       Rows first = here->logits;
       first.count = 1;

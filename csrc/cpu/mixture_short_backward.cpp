@@ -62,12 +62,17 @@ struct ShortBackward {
     write_rows(b, d);
   }
 
+  // gc, 0 where the value is -inf: it has no gradient then.
+  float own(int64_t b, int64_t k) const {
+    return args.correlation[b * K + k] == -kInf ? 0.0f : args.grad_correlation[b * K + k];
+  }
+
   // The sample's (gj + gc) share, a line of lanes to each k: made once for all its positions.
   void bring(int64_t b) {
     if (sample == b) return;
     sample = b;
     for (int64_t k = 0; k < K; ++k) {
-      const float both = args.grad_joint[b * K + k] + args.grad_correlation[b * K + k];
+      const float both = args.joint[b * K + k] == -kInf ? own(b, k) : args.grad_joint[b * K + k] + own(b, k);
       for (int64_t l = 0; l < logits.wide; ++l)
         brought[k * logits.wide + l] = l < L ? both * args.share[(b * L + l) * K + k] : 0;
     }
@@ -83,7 +88,7 @@ struct ShortBackward {
       const bool outside = token < 0 || token >= S;  // such a sample is NaN already
       if (!outside && logits.sum[token] == 0) continue;
       float* to = by_state + (outside ? 0 : token) * wide;
-      named[outside ? 0 : token] += args.grad_correlation[b * K + k];
+      named[outside ? 0 : token] += own(b, k);
       for (int64_t l = 0; l < wide; l += W) store(to + l, load(to + l) + load(brought + k * wide + l));
     }
     for (int64_t s = 0; s < S; ++s) {
@@ -133,8 +138,9 @@ void short_backward(const MixtureBackwardArgs& args, int threads) {
            [&](int64_t task, void* memory) {
     ShortBackward backward(args, memory);
     const int64_t first = runs.first(task);
-    backward.lines.each_position(args, first, runs.end(first),
-                                 [&](int64_t b, int64_t d, int64_t at) { backward.position(b, d, at); });
+    backward.lines.each_run(args, first, runs.end(first), [&](int64_t b, int64_t d, int64_t n) {
+      for (int64_t at = 0; at < n; ++at) backward.position(b, d + at, at);
+    });
   });
 }
 

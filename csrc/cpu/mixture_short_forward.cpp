@@ -68,7 +68,7 @@ struct ShortForward {
       if (distils) part[kDistillation] = distillation();
       if (aims) {
         target.rough_shares();
-        part[kMarginalTarget] = divergence(target.log_mean, pull + logits.wide);
+        part[kMarginalTarget] = divergence(target.log_mean, pull + (args.teacher.data ? logits.wide : 0));
       }
       if (args.information) {
         for (int64_t s = 0; s < padded(S); ++s)

@@ -22,6 +22,20 @@ static inline float keep_exp(const float* x, int n, float m, float* e) {
   return sum_block(s);
 }
 
+// From a row's chunks: their maxima, the largest of those, and the sums relative to each.
+static inline RowSum combine(const float* chunk_max, const float* sums, int64_t count, float top) {
+  if (count == 1) return {top, sums[0] > 0 ? sums[0] : __builtin_nan("")};
+  double sum = 0;
+  for (int64_t c = 0; c < count; c += W) {
+    float value[W];
+    const int n = min_int(count - c, W);
+    store(value, load(sums + c, n, 0.0f) * exp_nonpos(load(chunk_max + c, n, 0.0f) - top));
+    for (int i = 0; i < n; ++i)
+      if (sums[c + i] != 0) sum += value[i];
+  }
+  return {top, sum > 0 ? sum : __builtin_nan("")};
+}
+
 // Fills chunk_max (one a chunk) and, unless null, e (S, padded); f(start, n, x, m) sees every chunk of logits.
 template <typename F>
 static inline RowSum sum_row(const Row& row, float* buffer, float* e, float* chunk_max, const F& f) {
@@ -38,16 +52,38 @@ static inline RowSum sum_row(const Row& row, float* buffer, float* e, float* chu
     if (m > top) top = m;
     f(start, n, x, m);
   }
-  if (count == 1) return {top, sums[0] > 0 ? sums[0] : __builtin_nan("")};
-  double sum = 0;
-  for (int64_t c = 0; c < count; c += W) {
-    float value[W];
-    const int n = min_int(count - c, W);
-    store(value, load(sums + c, n, 0.0f) * exp_nonpos(load(chunk_max + c, n, 0.0f) - top));
-    for (int i = 0; i < n; ++i)
-      if (sums[c + i] != 0) sum += value[i];
+  return combine(chunk_max, sums, count, top);
+}
+
+// Two rows at once, or one, where nothing but the normaliser is wanted: one's maximum is found under the other's
+// exponentials. `floats` is left pointing at each row's last chunk; buffers hold kChunk each. Not for logistic rows.
+template <int N>
+static inline void sum_rows(const Row* const (&rows)[N], float* const (&buffers)[N], RowSum (&found)[N],
+                            const float* (&floats)[N]) {
+  float chunk_max[N][kMaxChunks + W], sums[N][kMaxChunks + W], top[N];
+  const int64_t S = rows[0]->S, count = ceil_div(S, kChunk);
+  for (int r = 0; r < N; ++r) top[r] = -kInf;
+  for (int64_t c = 0; c < count; ++c) {
+    const int n = min_int(S - c * kChunk, kChunk);
+    f32 shift[N], s[N][U] = {};
+    for (int r = 0; r < N; ++r) {
+      const float m = read_max(*rows[r], c * kChunk, n, buffers[r], floats[r]);
+      chunk_max[r][c] = m;
+      if (m > top[r]) top[r] = m;
+      shift[r] = set(m == -kInf ? 0.0f : m);
+    }
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u)
+#pragma GCC unroll 2
+        for (int r = 0; r < N; ++r) s[r][u] += exp_nonpos(load(floats[r] + i + u * W) - shift[r]);
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u, i += W)
+      for (int r = 0; r < N && i < n; ++r) s[r][u] += exp_nonpos(load(floats[r] + i, n - i, -kInf) - shift[r]);
+    for (int r = 0; r < N; ++r) sums[r][c] = sum_block(s[r]);
   }
-  return {top, sum > 0 ? sum : __builtin_nan("")};
+  for (int r = 0; r < N; ++r) found[r] = combine(chunk_max[r], sums[r], count, top[r]);
 }
 
 // From the chunks' maxima: what makes a probability of an exponential kept, times `scale`.

@@ -141,6 +141,38 @@ static inline float max_of(const float* x, int n) {
   return max_block(m);
 }
 
+// Reads a piece and finds its maximum on the way; `x` is left pointing at its floats. Not for logistic rows.
+static inline float read_max(const Row& row, int64_t start, int n, float* buffer, const float*& x) {
+  x = row.dtype == kFloat32 ? static_cast<const float*>(row.data) + start : buffer;
+  if (row.dtype == kFloat32) return max_of(x, n);
+  const uint16_t* source = static_cast<const uint16_t*>(row.data) + start;
+  f32 m[U];
+  for (int u = 0; u < U; ++u) m[u] = set(-kInf);
+  const auto convert = [&](auto widen) __attribute__((always_inline)) {
+    u16 v;
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        memcpy(&v, source + i + u * W, sizeof v);
+        const f32 wide = widen(v);
+        store(buffer + i + u * W, wide);
+        m[u] = max(wide, m[u]);
+      }
+    for (int u = 0; i < n; ++u, i += W) {
+      v = u16{};
+      memcpy(&v, source + i, static_cast<size_t>(n - i < W ? n - i : W) * 2);
+      store(buffer + i, widen(v));
+      m[u] = max(load(buffer + i, n - i, -kInf), m[u]);
+    }
+  };
+  if (row.dtype == kBFloat16)
+    convert([](u16 v) { return from_bfloat16(v); });
+  else
+    convert([](u16 v) { return from_float16(v); });
+  return max_block(m);
+}
+
 // sum exp(x - m), NaN where any x is. With m = -inf (every x is -inf, or NaN passed the maximum by) it is 0 or NaN.
 static inline float sum_exp(const float* x, int n, float m) {
   const f32 shift = set(m == -kInf ? 0.0f : m);

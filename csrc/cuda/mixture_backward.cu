@@ -12,7 +12,7 @@ int64_t backward_bytes(const MixtureBackwardArgs& p) {
   const auto rows = [&](const Logits& x, int64_t count) {
     return x.data == nullptr ? 0 : p.B * count * p.D * (row_bytes(x.dtype, p.S) + 8);
   };
-  const int64_t pulls = p.teacher.data != nullptr || p.T > 0 ? p.B * p.L * p.D * 8 : 0;
+  const int64_t pulls = ((p.teacher.data != nullptr) + (p.T > 0)) * p.B * p.L * p.D * 4;
   return rows(p.logits, p.L) + rows(p.teacher, 1) + rows(p.target, p.T) + pulls + p.B * p.K * (p.D * 8 + p.L * 4) +
          p.B * p.L * p.D * row_bytes(p.logits.dtype, p.S);
 }

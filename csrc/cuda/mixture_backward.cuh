@@ -79,6 +79,14 @@ struct PositionGradient {
   __device__ __forceinline__ bool tabled() const { return p.K <= tokens_kept; }
   __device__ __forceinline__ int64_t token_of(int64_t k) const { return p.tokens[(b * p.K + k) * p.D + d]; }
 
+  // Of value n = (b, k); one of -inf has none.
+  __device__ __forceinline__ float joint_gradient(int64_t n) const {
+    return p.joint[n] == -INFINITY ? 0.0f : p.grad_joint[n];
+  }
+  __device__ __forceinline__ float own_gradient(int64_t n) const {
+    return p.correlation[n] == -INFINITY ? 0.0f : p.grad_correlation[n];
+  }
+
   // coefficient_lk by the token's share of its mass under component l.
   __device__ __forceinline__ float coefficient(int64_t l, int64_t k, float joint, float own, float of_mass) const {
     return joint * p.share[(b * p.L + l) * p.K + k] - own * of_mass;
@@ -103,7 +111,8 @@ struct PositionGradient {
     for (int64_t l = team.rank; l < p.L; l += team.size) {
       float a = each - slope[l];
       if (by_teacher != 0.0f) a = fmaf(by_teacher, p.pull[logits.index(l)], a);
-      if (by_target != 0.0f) a = fmaf(by_target, p.pull[logits.plane + logits.index(l)], a);
+      const int64_t target_pull = p.teacher.data == nullptr ? 0 : logits.plane;
+      if (by_target != 0.0f) a = fmaf(by_target, p.pull[target_pull + logits.index(l)], a);
       slope[l] = a;
     }
     team.sync();
@@ -199,7 +208,7 @@ struct PositionGradient {
     TokenTable& table = shared.table;
     for (int k = team.rank; k < count; k += team.size) {
       const int64_t token = token_of(k0 + k), n = b * p.K + k0 + k;
-      const float joint = p.grad_joint[n], own = p.grad_correlation[n];
+      const float own = own_gradient(n), joint = joint_gradient(n);
       table.token[token0 + k] = is_state(token, p.S) ? token : -1;
       table.joint[token0 + k] = w * (joint + own);
       table.own[token0 + k] = w * own;
@@ -310,7 +319,7 @@ struct PositionGradient {
     for (int64_t k = 0; k < p.K; ++k) {  // more than the table holds: looked for one by one
       const int64_t at = token_of(k) - s, n = b * p.K + k;
       if (at < 0 || at >= kN) continue;
-      const float joint = w * (p.grad_joint[n] + p.grad_correlation[n]), own = w * p.grad_correlation[n];
+      const float joint = w * (joint_gradient(n) + own_gradient(n)), own = w * own_gradient(n);
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         if (j == at && top[j] != INFINITY) value[j] += coefficient(l, k, joint, own, exp_quick(log_p[j] - top[j]));

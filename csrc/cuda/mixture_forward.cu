@@ -27,7 +27,7 @@ int64_t rows_bytes(const Logits& x, int64_t B, int64_t rows, int64_t D, int64_t 
 int64_t positions_bytes(const MixtureArgs& p) {
   const int64_t rows = rows_bytes(p.logits, p.B, p.L, p.D, p.S) + rows_bytes(p.teacher, p.B, 1, p.D, p.S) +
                        rows_bytes(p.target, p.B, p.T, p.D, p.S);
-  const int64_t pulls = p.teacher.data != nullptr || p.T > 0 ? p.B * p.L * p.D * 8 : 0;
+  const int64_t pulls = ((p.teacher.data != nullptr) + (p.T > 0)) * p.B * p.L * p.D * 4;
   return rows + pulls + p.B * p.D * kParts * 4;
 }
 

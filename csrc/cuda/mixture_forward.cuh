@@ -86,7 +86,7 @@ struct Position {
   int64_t b, d;
   Components<kDType> logits;
   TargetComponents<kDType> teacher, target;
-  bool used, has_teacher, has_target, distils, pulls;
+  bool used, has_teacher, has_target, distils;
 
   __device__ __forceinline__ Position(const MixtureArgs& a, int64_t b_, int64_t d_)
       : p(a), b(b_), d(d_), logits(a.logits, a.lse, a.B, a.L, a.D, a.S, b_, d_),
@@ -97,7 +97,6 @@ struct Position {
     has_teacher = a.teacher.data != nullptr;
     has_target = a.T > 0 && !inside;
     distils = has_teacher && (inside || a.inside == nullptr);
-    pulls = has_teacher || a.T > 0;
   }
 
   // Whether rows are to be read again, after their normalisers.
@@ -142,9 +141,14 @@ struct Position {
     }
   }
 
+  // Where the target's plane of pulls starts: after the teacher's, where there is one.
+  __device__ __forceinline__ int64_t target_pull() const {
+    return p.teacher.data == nullptr ? 0 : logits.plane;
+  }
+
   __device__ __forceinline__ void keep_pull(int64_t l, float by_teacher, float by_target) const {
-    p.pull[logits.index(l)] = by_teacher;
-    p.pull[logits.plane + logits.index(l)] = by_target;
+    if (p.teacher.data != nullptr) p.pull[logits.index(l)] = by_teacher;
+    if (p.T > 0) p.pull[target_pull() + logits.index(l)] = by_target;
   }
 
   __device__ __forceinline__ void keep_part(int part, float value) const { p.row[(part * p.B + b) * p.D + d] = value; }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) mixture_short_kernel(Mi
           const float sum = team.sum(sums[part]);
           if (team.rank == 0) position.keep_part(part, sum);
         }
-        for (int64_t l = team.rank; position.pulls && l < p.L; l += team.size)
+        for (int64_t l = team.rank; l < p.L; l += team.size)
           position.keep_pull(l, pull[l], pull[kComponents + l]);
       }
       const int64_t count = p.D - d0 < blockDim.y ? p.D - d0 : blockDim.y;
@@ -136,14 +136,16 @@ __device__ __forceinline__ void keep_divergences(const Position<kDType>& positio
   const MixtureArgs& p = position.p;
   const auto fold = [&](int begin, int end) {  // slices [begin, end) onto what was kept of those before
 #pragma unroll 1
-    for (int64_t l = team.rank; position.pulls && l < p.L; l += team.size) {
-      float by_teacher = begin > 0 ? p.pull[position.logits.index(l)] : 0.0f;
-      float by_target = begin > 0 ? p.pull[position.logits.plane + position.logits.index(l)] : 0.0f;
-      for (int c = begin; c < end; ++c) {
-        by_teacher += sharers.of(shared, c).pull[0][l];
-        by_target += sharers.of(shared, c).pull[1][l];
+    for (int plane = 0; plane < 2; ++plane) {
+      if (plane == 0 ? p.teacher.data == nullptr : p.T == 0) continue;
+      float* to = p.pull + (plane == 1 ? position.target_pull() : 0) + position.b * p.L * p.D + position.d;
+#pragma unroll 1
+      for (int64_t l = team.rank; l < p.L; l += team.size) {
+        float sum = begin > 0 ? to[l * p.D] : 0.0f;
+#pragma unroll 1
+        for (int c = begin; c < end; ++c) sum += sharers.of(shared, c).pull[plane][l];
+        to[l * p.D] = sum;
       }
-      position.keep_pull(l, by_teacher, by_target);
     }
     if (team.rank < kParts) {
       float sum = begin > 0 ? p.row[(team.rank * p.B + position.b) * p.D + position.d] : 0.0f;
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinCtas) mixture_long_kernel(Mix
       if (kDiverges && position.diverges()) {
         keep_divergences(position, slices, sharers, shared);
       } else if (sharers.leads()) {
-        for (int64_t l = thread; position.pulls && l < p.L; l += threads) position.keep_pull(l, 0.0f, 0.0f);
+        for (int64_t l = thread; l < p.L; l += threads) position.keep_pull(l, 0.0f, 0.0f);
         if (thread < kParts) position.keep_part(thread, 0.0f);
       }
       if (!kDiverges && p.K > 0 && sharers.leads()) finish_block<kDType, kTogether>(p, b, d, 1, shared.arrived);

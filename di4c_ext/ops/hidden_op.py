@@ -110,8 +110,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _mixture_hidden_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the logits or states, of the head's weight and of its bias; empty ones where not needed."""
-    given, of_rows = Inputs(*arguments[3:15]), arguments[15:20]
-    kept, kept_target, chunk_bytes, needs = arguments[20:]
+    given, of_rows = Inputs(*arguments[3:15]), arguments[15:22]
+    kept, kept_target, chunk_bytes, needs = arguments[22:]
     gradients = Gradients(given.rows()[0], needs)
     run = given.kernels()
     with torch.autocast(given.logits.device.type, enabled=False):
@@ -130,7 +130,7 @@ def _backward(
 ) -> None:
     """Adds up the gradients piece by piece; that of a piece's logits takes the place of the logits made for it."""
     grad_joint, grad_correlation, grad_parts = grads
-    lse, lse_teacher, lse_target, share, pull = of_rows
+    joint, correlation, lse, lse_teacher, lse_target, share, pull = of_rows
     scratch = Buffer(whole.cut.pieces, whole.x)
     for piece, place, place_target in whole.pieces():
         grad = scratch.rows(piece.size * whole.x.shape[1])
@@ -145,7 +145,7 @@ def _backward(
         my_grads = grad_joint[samples], grad_correlation[samples], grad_parts[:, samples]
         described = mixture_op.describe_rows(x, teacher, target, None)
         m = whole.sizes(*piece.sizes, target)
-        kept = *my_lse, share[samples], my_pull
+        kept = joint[samples], correlation[samples], *my_lse, share[samples], my_pull
         mixture_op.run_backward(run, my_grads, described, *small, kept, grad, m)
         gradients.add(piece, grad)
 
@@ -174,8 +174,9 @@ register(
     _fake,
 )
 register(
-    f"mixture_hidden_backward(Tensor grad_joint, Tensor grad_correlation, Tensor grad_parts, {_INPUTS}, {_KEPT}, "
-    "Tensor kept, Tensor kept_target, int chunk_bytes, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"mixture_hidden_backward(Tensor grad_joint, Tensor grad_correlation, Tensor grad_parts, {_INPUTS}, "
+    f"Tensor joint, Tensor correlation, {_KEPT}, Tensor kept, "
+    "Tensor kept_target, int chunk_bytes, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _mixture_hidden_backward,
     _backward_fake,
 )
@@ -186,12 +187,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.shapes = [value.shape for value in output[:3]]
-    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.save_for_backward(*tensors, *output[:2], *output[3:])
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    lse = saved[12]
+    lse = saved[14]
     given = [lse.new_zeros(n) if g is None else g for g, n in zip(grads[:3], ctx.shapes, strict=True)]
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.di4c.mixture_hidden_backward(*given, *saved, ctx.chunk_bytes, needs)

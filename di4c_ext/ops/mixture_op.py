@@ -142,7 +142,7 @@ def empty_outputs(
 ) -> tuple[Tensor, ...]:
     B, L, D, _, K, T = sizes_of(logits, target, tokens, logistic_states)
     dtype = checks.sum_dtype(logits)
-    divergent = teacher is not None or target is not None
+    pulls = (teacher is not None) + (target is not None)
     return (
         logits.new_empty((B, K), dtype=dtype),
         logits.new_empty((B, K), dtype=dtype),
@@ -151,7 +151,7 @@ def empty_outputs(
         logits.new_empty((2, B, 0 if teacher is None else 1, D), dtype=dtype),
         logits.new_empty((2, B, T, D), dtype=dtype),
         logits.new_empty((B, L, K), dtype=dtype),
-        logits.new_empty((2 if divergent else 0, B, L, D), dtype=dtype),
+        logits.new_empty((pulls, B, L, D), dtype=dtype),
     )
 
 
@@ -165,6 +165,8 @@ def _mixture_backward(
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
+    joint: Tensor,
+    correlation: Tensor,
     lse: Tensor,
     lse_teacher: Tensor,
     lse_target: Tensor,
@@ -175,14 +177,15 @@ def _mixture_backward(
     run = native.kernels(logits, teacher, target)
     if run is None:
         x, y, z = _as_logits(logits, teacher, target, logistic_states)
-        kept = lse, lse_teacher, lse_target, share, pull
+        kept = joint, correlation, lse, lse_teacher, lse_target, share, pull
         grad = reference.mixture_backward(
             grad_joint, grad_correlation, grad_parts, x, y, z, tokens, inside, weight, *kept
         )
         return packed_gradient(logits, grad, logistic_states)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = describe_rows(logits, teacher, target, logistic_states)
-    grads, kept = (grad_joint, grad_correlation, grad_parts), (lse, lse_teacher, lse_target, share, pull)
+    grads = grad_joint, grad_correlation, grad_parts
+    kept = joint, correlation, lse, lse_teacher, lse_target, share, pull
     n = sizes_of(logits, target, tokens, logistic_states)
     run_backward(run, grads, rows, tokens, inside, weight, kept, grad, n)
     return grad
@@ -201,13 +204,15 @@ def run_backward(
 ) -> None:
     """Runs mixture_backward; `grad` is contiguous and may be the logits themselves."""
     grad_joint, grad_correlation, grad_parts = grads
-    lse, lse_teacher, lse_target, share, pull = kept
+    joint, correlation, lse, lse_teacher, lse_target, share, pull = kept
     run(
         "mixture_backward",
         **rows,
         tokens=native.dense(tokens),
         inside=native.dense(inside),
         weight=native.dense(weight),
+        joint=native.dense(joint),
+        correlation=native.dense(correlation),
         lse=native.dense(lse),
         lse_teacher=native.dense(lse_teacher),
         lse_target=native.dense(lse_target),
@@ -248,6 +253,7 @@ def _first(value: Tensor) -> tuple[Tensor, Tensor]:
 
 _INPUTS = "Tensor logits, Tensor? teacher, Tensor? target, Tensor? tokens, Tensor? inside, Tensor? weight"
 _KEPT = "Tensor lse, Tensor lse_teacher, Tensor lse_target, Tensor share, Tensor pull"
+_VALUES = "Tensor joint, Tensor correlation"
 
 register(
     f"mixture({_INPUTS}, int? logistic_states, bool information) -> (Tensor joint, Tensor correlation, Tensor parts, "
@@ -256,8 +262,8 @@ register(
     empty_outputs,
 )
 register(
-    f"mixture_backward(Tensor grad_joint, Tensor grad_correlation, Tensor grad_parts, {_INPUTS}, {_KEPT}, "
-    "int? logistic_states) -> Tensor",
+    f"mixture_backward(Tensor grad_joint, Tensor grad_correlation, Tensor grad_parts, {_INPUTS}, {_VALUES}, "
+    f"{_KEPT}, int? logistic_states) -> Tensor",
     _mixture_backward,
     lambda grad_joint, grad_correlation, grad_parts, logits, *_: logits.new_empty(logits.shape),
 )
@@ -268,12 +274,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.shapes = [value.shape for value in output[:3]]
-    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.save_for_backward(*tensors, *output[:2], *output[3:])
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    lse = saved[6]
+    lse = saved[8]
     given = [lse.new_zeros(n) if g is None else g for g, n in zip(grads[:3], ctx.shapes, strict=True)]
     grad = torch.ops.di4c.mixture_backward(*given, *saved, ctx.logistic_states)
     return grad, None, None, None, None, None, None, None

@@ -249,7 +249,9 @@ def _registered(device: torch.device) -> list[tuple[Any, tuple[Any, ...]]]:
         tensors = [x.detach() if isinstance(x, Tensor) else x for x in inputs[:12]]
         grads = torch.ones_like(joint), torch.ones_like(correlation), torch.ones_like(parts)
         needs = [True, True, inputs[2] is not None]
-        calls.append((torch.ops.di4c.mixture_hidden_backward.default, (*grads, *tensors, *kept, 1, needs)))
+        calls.append(
+            (torch.ops.di4c.mixture_hidden_backward.default, (*grads, *tensors, joint, correlation, *kept, 1, needs))
+        )
     keys = random.keys(0, 3, device)
     rows = tuple(case.teacher.states.shape), [x.detach() for x in case.teacher]
     calls.append((torch.ops.di4c.sample_hidden.default, (*rows[1], keys, 2, 1, 0.9, True, 0, 1)))

@@ -71,6 +71,7 @@ def test_what_forward_keeps(backend, shift):
     for got, expected in zip((share, pull), exact[6:], strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
     given = [torch.ones_like(v) for v in (joint, correlation, parts)]
+    kept = [joint, correlation, *kept]
     grad = torch.ops.di4c.mixture_backward(*given, *arguments, *kept, None)
     exact = reference.mixture_backward(*(_wide(v) for v in (*given, *arguments, *kept)))
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=2e-6)

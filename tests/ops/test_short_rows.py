@@ -95,12 +95,13 @@ def test_gradient_over_the_logits(kernels):
     ones = torch.ones(B, K)
     parts = torch.ones(4, B)
     inputs = (i.logits, i.target[:, None], i.targets, i.tokens, None, i.weight)
-    kept = torch.ops.di4c.mixture(*inputs, None, False)[3:]
+    joint, correlation, _, *rows = torch.ops.di4c.mixture(*inputs, None, False)
+    kept = [joint, correlation, *rows]
     apart = torch.ops.di4c.mixture_backward(ones, ones, parts, *inputs, *kept, None)
     over = i.logits.clone()
     run = native.kernels(over)
     assert run is not None
-    names = ("lse", "lse_teacher", "lse_target", "share", "pull")
+    names = ("joint", "correlation", "lse", "lse_teacher", "lse_target", "share", "pull")
     run(
         "mixture_backward",
         **native.describe("logits", over),

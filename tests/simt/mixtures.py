@@ -112,7 +112,7 @@ def run(
     inputs = _inputs(m, pad, offset)
     count, targets = inputs["K"], inputs["T"]
     assert isinstance(count, int) and isinstance(targets, int)
-    pulls = 0 if m.teacher is None and m.target is None else 2
+    pulls = (m.teacher is not None) + (m.target is not None)
     shapes = {
         "joint": (batch, count),
         "correlation": (batch, count),
@@ -133,10 +133,11 @@ def run(
         capability=capability,
     )
     kept = {name: forward[name] for name in ("lse", "lse_teacher", "lse_target", "share", "pull")}
+    values = {name: forward[name] for name in ("joint", "correlation")}
     grads = dict(zip(("grad_joint", "grad_correlation", "grad_parts"), upstream(batch, count), strict=True))
     backward = emulate.run(
         "mixture_backward",
-        {**inputs, **kept, **grads, "in_place": int(in_place)},
+        {**inputs, **values, **kept, **grads, "in_place": int(in_place)},
         {"grad": (m.logits.shape, m.logits.dtype)},
         orders=orders,
         capability=capability,
@@ -151,7 +152,7 @@ def definition(m: Mixture, dtype: torch.dtype | None) -> Result:
     operands = (x.logits, teacher, x.target, x.tokens, x.inside, x.weight)
     joint, correlation, parts, *kept = reference.mixture_forward(*operands, x.information)
     grads = [g.to(joint.dtype) for g in upstream(*joint.shape)]
-    grad = reference.mixture_backward(*grads, *operands, *kept)
+    grad = reference.mixture_backward(*grads, *operands, joint, correlation, *kept)
     packed = m.logits if dtype is None else m.logits.to(dtype)
     return Result(joint, correlation, parts, packed_gradient(packed, grad, m.logistic_states), *kept)
 

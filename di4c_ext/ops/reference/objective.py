@@ -117,19 +117,21 @@ def mixture_forward(
 ) -> tuple[Tensor, ...]:
     """joint, correlation (B, K), parts (4, B), and what backward needs: lse (2, B, L, D), lse_teacher (2, B, 1, D),
     lse_target (2, B, T, D), share (B, L, K) = softmax over l of sum_d w a (dead positions left out), and pull
-    (2, B, L, D) = sum_s t_s p_l(s) / sum_l' p_l'(s) with t the teacher, then the target. What belongs to an absent
-    input is empty."""
+    (., B, L, D) = sum_s t_s p_l(s) / sum_l' p_l'(s), a plane with t the teacher and one with t the target. What belongs
+    to an absent input is left out."""
     B, L, D, _ = logits.shape
     weight_inside, weight_outside = split_weight(logits, weight, inside)
     x = unread(logits, weight)
     log_p = torch.log_softmax(x, -1)
-    parts, pull = [x.new_zeros(B)] * 4, [x.new_zeros((B, L, D))] * 2
+    parts, pull = [x.new_zeros(B)] * 4, list[Tensor]()
     joint, correlation = x.new_empty((B, 0)), x.new_empty((B, 0))
     share, lse_teacher, lse_target = x.new_empty((B, L, 0)), x.new_empty((2, B, 0, D)), x.new_empty((2, B, 0, D))
     if tokens is not None:
         total, alive, centred = sums_over_positions(at_tokens(log_p, tokens), weight)
         joint, correlation = log_mean_exp(total, 1), log_mean_exp(centred, 1)
-        share = torch.softmax(alive - log_mean_exp(alive, 1)[:, None], 1)
+        most = log_mean_exp(alive, 1)[:, None]
+        none = torch.isneginf(most)  # of the components has the sequence: no shares
+        share = torch.where(none, 0.0, torch.softmax(alive - torch.where(none, 0.0, most), 1))
     if teacher is not None or target is not None or information:
         log_pbar, r = log_mean_exp(log_p, 1), _responsibility(log_p)
     if teacher is not None:
@@ -137,16 +139,16 @@ def mixture_forward(
         lse_teacher, log_t = row_planes(y, weight), torch.log_softmax(y, -1)
         parts[DISTILLATION] = divergence(log_t, log_p, _per_row(weight_inside)).mean(1)
         parts[MARGINAL_TEACHER] = divergence(log_t[:, 0], log_pbar, weight)
-        pull[0] = where_used(weight, (torch.exp(log_t) * r).sum(-1))
+        pull.append(where_used(weight, (torch.exp(log_t) * r).sum(-1)))
     if target is not None:
         y = unread(target, weight_outside)
         lse_target, log_g = row_planes(y, weight_outside), log_marginal(y)
         parts[MARGINAL_TARGET] = divergence(log_g, log_pbar, weight_outside)
-        pull[1] = where_used(weight_outside, (torch.exp(log_g)[:, None] * r).sum(-1))
+        pull.append(where_used(weight_outside, (torch.exp(log_g)[:, None] * r).sum(-1)))
     if information:
         parts[INFORMATION] = divergence(log_p[:, 0], log_pbar, weight)
     kept = row_planes(x, weight), lse_teacher, lse_target, share
-    pulls = x.new_empty((0, B, L, D)) if teacher is None and target is None else torch.stack(pull)
+    pulls = torch.stack(pull) if pull else x.new_empty((0, B, L, D))
     return joint, correlation, torch.stack(parts), *kept, pulls
 
 
@@ -170,6 +172,8 @@ def mixture_backward(
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
+    joint: Tensor,
+    correlation: Tensor,
     lse: Tensor,
     lse_teacher: Tensor,
     lse_target: Tensor,
@@ -178,6 +182,7 @@ def mixture_backward(
 ) -> Tensor:
     """The gradient of the logits, (B, L, D, S), by what `mixture_forward` kept.
 
+    A value of -inf has no gradient: grad_joint and grad_correlation are 0 where joint and correlation are -inf.
     With r = softmax over l of a and c_ldk = w (g^joint_k share_lk + g^corr_k (share_lk - r_ldk)), d/dx_lds is
     sum_k c_ldk ([s = x_k^d] - p_l(s)) for the sequences, w g (p_l(s) - t(s)) / L for the distillation and
     w g (p_l(s) pull_l - t(s) r_ls) for each marginal divergence.
@@ -192,7 +197,10 @@ def mixture_backward(
     grad = torch.zeros_like(p)
     if tokens is not None:
         # 0 at weight 0, where p is 1, of a row and planes of zeros: no NaN of an unread row can come in.
-        c = _coefficients(grad_joint, grad_correlation, log_p, tokens, weight, share)
+        gj, gc = (
+            torch.where(torch.isneginf(v), 0.0, g) for v, g in ((joint, grad_joint), (correlation, grad_correlation))
+        )
+        c = _coefficients(gj, gc, log_p, tokens, weight, share)
         known = (tokens >= 0) & (tokens < logits.shape[-1])
         index = torch.where(known, tokens, 0).transpose(1, 2)[:, None].expand(c.shape)
         grad = (-c.sum(-1, keepdim=True) * p).scatter_add(-1, index, c)
@@ -204,7 +212,7 @@ def mixture_backward(
         grad = grad + part(MARGINAL_TEACHER, p * pull[0][..., None] - t * r, weight)
     if target is not None:
         g = torch.exp(row_log_prob(unread(target, weight_outside), lse_target)).mean(1, keepdim=True)
-        grad = grad + part(MARGINAL_TARGET, p * pull[1][..., None] - g * r, weight_outside)
+        grad = grad + part(MARGINAL_TARGET, p * pull[-1][..., None] - g * r, weight_outside)
     return grad.to(logits.dtype)
 
 
