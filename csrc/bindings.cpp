@@ -75,6 +75,11 @@ void fill(Fields& f, ProductArgs& a) {
   FIELD(B), FIELD(D), FIELD(S), FIELD(N), FIELD(draws), FIELD(stream);
 }
 
+void fill(Fields& f, RevealArgs& a) {
+  FIELD(x_t), FIELD(tokens), FIELD(log_prob), FIELD(count), FIELD(noise), FIELD(keys), FIELD(x_s);
+  FIELD(mask_id), FIELD(B), FIELD(D), FIELD(draws), FIELD(stream);
+}
+
 void fill(Fields& f, MixtureArgs& a) {
   FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
   FIELD(joint), FIELD(correlation), FIELD(parts), FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share);
@@ -84,7 +89,7 @@ void fill(Fields& f, MixtureArgs& a) {
 
 void fill(Fields& f, MixtureBackwardArgs& a) {
   FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
-  FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share), FIELD(pull);
+  FIELD(joint), FIELD(correlation), FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share), FIELD(pull);
   FIELD(grad_joint), FIELD(grad_correlation), FIELD(grad_parts), FIELD(grad);
   FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K), FIELD(T);
 }
@@ -127,6 +132,7 @@ void define_cpu_kernels(py::module_ m) {
   define_cpu<RandomBitsArgs, cpu::random_bits>(m, "random_bits");
   define_cpu<SampleArgs, cpu::sample>(m, "sample");
   define_cpu<ProductArgs, cpu::sample_product>(m, "sample_product");
+  define_cpu<RevealArgs, cpu::reveal>(m, "reveal");
   define_cpu<MixtureArgs, cpu::mixture_positions>(m, "mixture_positions");
   define_cpu<MixtureArgs, cpu::mixture_finish>(m, "mixture_finish");
   define_cpu<MixtureBackwardArgs, cpu::mixture_backward>(m, "mixture_backward");
@@ -156,6 +162,7 @@ void define_cuda_kernels(py::module_ m) {
   define_cuda<RandomBitsArgs, cuda::random_bits>(m, "random_bits");
   define_cuda<SampleArgs, cuda::sample>(m, "sample");
   define_cuda<ProductArgs, cuda::sample_product>(m, "sample_product");
+  define_cuda<RevealArgs, cuda::reveal>(m, "reveal");
   define_cuda<MixtureArgs, cuda::mixture_positions>(m, "mixture_positions");
   define_cuda<MixtureArgs, cuda::mixture_finish>(m, "mixture_finish");
   define_cuda<MixtureBackwardArgs, cuda::mixture_backward>(m, "mixture_backward");

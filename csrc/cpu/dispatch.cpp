@@ -20,6 +20,7 @@ struct Kernels {
   void (*random_bits)(const RandomBitsArgs&, int);
   void (*sample)(const SampleArgs&, int);
   void (*sample_product)(const ProductArgs&, int);
+  void (*reveal)(const RevealArgs&, int);
   void (*mixture_positions)(const MixtureArgs&, int);
   void (*mixture_finish)(const MixtureArgs&, int);
   void (*mixture_backward)(const MixtureBackwardArgs&, int);
@@ -29,7 +30,7 @@ struct Kernels {
 
 #define DI4C_KERNELS(isa, supported)                                                                           \
   {                                                                                                            \
-#isa, supported, isa::random_bits, isa::sample, isa::sample_product, isa::mixture_positions,         \
+#isa, supported, isa::random_bits, isa::sample, isa::sample_product, isa::reveal, isa::mixture_positions,      \
         isa::mixture_finish, isa::mixture_backward, isa::row_loss, isa::row_loss_backward                      \
   }
 
@@ -105,6 +106,7 @@ std::string isa_active() { return active().name; }
 void random_bits(const RandomBitsArgs& a, int threads) { active().random_bits(a, threads); }
 void sample(const SampleArgs& a, int threads) { active().sample(a, threads); }
 void sample_product(const ProductArgs& a, int threads) { active().sample_product(a, threads); }
+void reveal(const RevealArgs& a, int threads) { active().reveal(a, threads); }
 void mixture_positions(const MixtureArgs& a, int threads) { active().mixture_positions(a, threads); }
 void mixture_finish(const MixtureArgs& a, int threads) { active().mixture_finish(a, threads); }
 void mixture_backward(const MixtureBackwardArgs& a, int threads) {

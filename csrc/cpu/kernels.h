@@ -8,6 +8,7 @@
   void random_bits(const RandomBitsArgs&, int threads);                          \
   void sample(const SampleArgs&, int threads);                                   \
   void sample_product(const ProductArgs&, int threads);                          \
+  void reveal(const RevealArgs&, int threads);                                   \
   void mixture_positions(const MixtureArgs&, int threads);                       \
   void mixture_finish(const MixtureArgs&, int threads);                          \
   void mixture_backward(const MixtureBackwardArgs&, int threads);                \

@@ -18,6 +18,7 @@ from di4c_ext.ops.masked import masked_cross_entropy, masked_js, masked_kl, mask
 from di4c_ext.ops.mixture import mixture_kl, mixture_log_prob, mixture_objective
 from di4c_ext.ops.product import sample_product
 from di4c_ext.ops.reference import MixtureObjective
+from di4c_ext.ops.reveal import reveal
 
 __all__ = [
     "Hidden",
@@ -39,6 +40,7 @@ __all__ = [
     "native",
     "random_bits",
     "reference",
+    "reveal",
     "sample_categorical",
     "sample_categorical_from_hidden",
     "sample_product",

@@ -13,6 +13,12 @@ def whole(logits: Logits) -> Tensor:
     return logits if isinstance(logits, Tensor) else logits.logits()
 
 
+def wide(logits: Logits) -> Tensor:
+    """The same in float32, or float64 where they are."""
+    made = whole(logits)
+    return made if made.dtype == torch.float64 else made.float()
+
+
 def some(logits: Logits, piece: slice) -> Logits:
     """The logits (B, D, S) of some positions."""
     if isinstance(logits, Tensor):
@@ -20,6 +26,12 @@ def some(logits: Logits, piece: slice) -> Logits:
     if isinstance(logits, Logistic):
         return logits._replace(mean=logits.mean[:, piece], log_scale=logits.log_scale[:, piece])
     return logits._replace(states=logits.states[:, piece])
+
+
+def beyond(start: Tensor, end: Tensor, scale: float | Tensor) -> Tensor:
+    """start + scale (end - start) of logits alike in shape, anew. A state that either rules out stays ruled out."""
+    out = (end - start).mul_(scale).add_(start)
+    return out.masked_fill_(torch.isneginf(start) | torch.isneginf(end), -math.inf)
 
 
 def probabilities(logits: Logits, temperature: float) -> Tensor:

@@ -8,6 +8,7 @@ r = 1 - t; language models give the total noise sigma(t) = -log alpha(t).
     linear       t                        m(r) = 1 - r
     cosine       sin(pi t / 2)            m(r) = cos(pi r / 2)
     arccos       (2 / pi) arccos(1 - t)   m(r) = (2 / pi) arccos(r)
+    square       t (2 - t)                m(r) = 1 - r^2
     log_linear   (1 - eps) t              sigma(t) = -log(1 - (1 - eps) t), eps = 1e-3
 
 log_linear keeps sigma(1) finite by leaving a fraction eps of the data at t = 1. The absorbing process's reverse step,
@@ -29,6 +30,7 @@ LOST: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "linear": (lambda t: t, torch.ones_like),
     "cosine": (lambda t: torch.sin(t * (math.pi / 2)), lambda t: torch.cos(t * (math.pi / 2)) * (math.pi / 2)),
     "arccos": (lambda t: torch.arccos(1 - t) / (math.pi / 2), lambda t: (2 / math.pi) / torch.sqrt(t * (2 - t))),
+    "square": (lambda t: t * (2 - t), lambda t: 2 * (1 - t)),
 }
 SCHEDULES = tuple(LOST)
 

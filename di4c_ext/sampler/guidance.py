@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from di4c_ext.denoiser import Denoiser
 from di4c_ext.ops import Hidden, Logistic, Logits, native
+from di4c_ext.process.rows import beyond
 
 LOGITS_BYTES = 256 << 20
 BYTES_PER_LOGIT = 24  # the teacher's logits, and the float64 edges of the bins of the student's
@@ -35,9 +36,7 @@ class GuidedLogits(NamedTuple):
 
     def logits(self, samples: slice = slice(None)) -> Tensor:
         """The logits (B', D, S) of some samples, float32 or wider. A state that either rules out stays ruled out."""
-        teacher, student = dense(self.teacher, samples), dense(self.student, samples)
-        out = (student - teacher).mul_(self.scale).add_(teacher)
-        return out.masked_fill_(torch.isneginf(teacher) | torch.isneginf(student), -math.inf)
+        return beyond(dense(self.teacher, samples), dense(self.student, samples), self.scale)
 
 
 class GuidedDenoiser(nn.Module):

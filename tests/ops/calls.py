@@ -17,7 +17,7 @@ DIVERGENCES = ("masked_kl", "masked_reverse_kl", "masked_js", "masked_tv")
 MIXTURES = ("mixture_log_prob", "mixture_kl", "mixture_kl_of_mixture", "mixture_objective")
 FORMS = ("", "_of_logistic", "_of_hidden")
 NAMES = (
-    *("random_bits", "sample_product", "absorbing_step", *DIVERGENCES, "masked_cross_entropy"),
+    *("random_bits", "sample_product", "reveal", "absorbing_step", *DIVERGENCES, "masked_cross_entropy"),
     *(name + form for name in ("sample_categorical", *MIXTURES) for form in FORMS),
 )
 FROM_HIDDEN = tuple(f"{name}_from_hidden" for name in MIXTURES if name != "mixture_kl_of_mixture")
@@ -127,6 +127,11 @@ def _make(
         left, right, base = torch.rand(3, batch, states, states, dtype=torch.float64, generator=g)
         i, j = tokens[:, 0], tokens
         return Call(op, {"left": left, "right": right, "i": i, "j": j, "keys": keys, "base": base, "stream": 1})
+    if op == "reveal":
+        x_t = torch.where(torch.arange(length) % 3 < 2, states, tokens[:, 0])
+        options = {"count": torch.full((batch,), 1), "mask_id": states, "noise": torch.full((batch,), 0.5), "stream": 1}
+        log_prob = -torch.rand(tokens.shape, generator=g)
+        return Call(op, {"x_t": x_t, "tokens": tokens, "log_prob": log_prob, "keys": keys, **options})
     if op == "sample_categorical":
         options = {"draws": 2, "stream": 1, "temperature": 0.7, "return_log_prob": True, "first_position": 4}
         return Call(op, {"logits": rows(batch), "keys": keys, **options})

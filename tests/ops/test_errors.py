@@ -180,6 +180,25 @@ def _tables(name: str) -> Iterator[Bad]:
     yield Bad(name, lambda x: x.to("meta"), "got meta", "must be on {device}")
 
 
+def _reveal() -> Iterator[Bad]:
+    """For what is beside indices in a call of reveal, whose tokens are (B, 2, D)."""
+    yield Bad("log_prob", _as([0.0]), "got list", "must be a float32 tensor")
+    yield Bad("log_prob", lambda x: x.double(), "got torch.float64", "must be a float32 tensor")
+    yield Bad("log_prob", lambda x: x[:, 0], f"got {_shape(B, D)}", f"the tokens' shape {_shape(B, 2, D)}")
+    yield Bad("log_prob", lambda x: x.to("meta"), "got meta", "must be on {device}")
+    for value in (1.5, None, True):
+        yield Bad("count", _as(value), f"got {value!r}", "an integer or an int64 tensor (B,)")
+    yield Bad("count", lambda x: x.float(), "got torch.float32", "must be int64")
+    yield Bad("count", lambda x: x[:1], f"got {_shape(1)}", f"(B,) = {_shape(B)}")
+    for value in (None, "a", True):
+        yield Bad("noise", _as(value), f"got {value!r}", "a number or a floating tensor (B,)")
+    for value in (math.nan, math.inf):
+        yield Bad("noise", _as(value), f"got {value!r}", "must be finite")
+    yield Bad("noise", lambda x: x[:1], "torch.float32 of shape (1,)", "a floating tensor (B,) = (2,)")
+    yield Bad("noise", lambda x: x.long(), "torch.int64 of shape (2,)", "a floating tensor (B,) = (2,)")
+    yield Bad("noise", lambda x: x.to("meta"), "got meta", "must be on {device}")
+
+
 ROW_LOGITS = "(B, D, S) or (B, L, D, S)"
 TABLE: dict[str, list[Bad]] = {
     "random_bits": [*_indices("keys", "(B,)"), *_count("n", None), *_stream("stream_word", 1 << 32, "[0, 2^32)")],
@@ -189,6 +208,14 @@ TABLE: dict[str, list[Bad]] = {
         *_indices("j", "(B, D) or (B, n, D)"),
         *_keys(),
         *_stream("stream", (1 << 31) - 1, "must be an integer in [0, 2^31 - 1)"),
+    ],
+    "reveal": [
+        *_indices("tokens", "(B, D) or (B, n, D)"),
+        *_positions("x_t", "(B, D)", B, D),  # any state may stand there
+        *_keys(),
+        *_count("mask_id", None),
+        *_stream("stream", (1 << 31) - 1, "must be an integer in [0, 2^31 - 1)"),
+        *_reveal(),
     ],
     "sample_categorical": [*_logits("logits", "(B, ..., S)"), *_sampling(), *_count("first_position", None)],
     "absorbing_step": [
@@ -298,7 +325,9 @@ def test_good_arguments(backend, name):
     assert name in TABLE or name.startswith("mixture_kl_of_mixture")
 
 
-@pytest.mark.parametrize("name", [name for name in calls.NAMES if name not in ("random_bits", "sample_product")])
+@pytest.mark.parametrize(
+    "name", [name for name in calls.NAMES if name not in ("random_bits", "sample_product", "reveal")]
+)
 def test_logits_on_another_device(name):
     """Whatever stands beside logits of another device is named."""
     call = calls.make(name)

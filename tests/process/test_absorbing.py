@@ -17,6 +17,7 @@ MASKED = {
     "linear": lambda t: t,
     "cosine": lambda t: math.cos(math.pi * (1 - t) / 2),
     "arccos": lambda t: 2 / math.pi * math.acos(1 - t),
+    "square": lambda t: 1 - (1 - t) ** 2,
 }
 
 
@@ -42,7 +43,12 @@ def test_schedule(schedule):
 
 @pytest.mark.parametrize(
     ("schedule", "revealed"),
-    [("arccos", [41, 44, 53, 118]), ("cosine", [19, 56, 83, 98]), ("linear", [64, 64, 64, 64])],
+    [
+        ("arccos", [41, 44, 53, 118]),
+        ("cosine", [19, 56, 83, 98]),
+        ("linear", [64, 64, 64, 64]),
+        ("square", [16, 48, 80, 112]),
+    ],
 )
 def test_schedules_mean_what_image_token_models_mean(schedule, revealed):
     """How many of 256 tokens MaskGIT reveals in each of 4 steps."""

@@ -17,6 +17,7 @@ KEPT = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 1 - math.cos(math.pi * (1 - t) / 2),
     "arccos": lambda t: 1 - 2 / math.pi * math.acos(1 - t),
+    "square": lambda t: (1 - t) ** 2,
 }
 
 

@@ -59,6 +59,14 @@ void run(const Request& r, int device) {
     a.B = r.integer("B"), a.D = r.integer("D"), a.S = r.integer("S"), a.N = r.integer("N");
     a.draws = r.integer("draws");
     cuda::sample_product(a, device, nullptr);
+  } else if (op == "reveal") {
+    RevealArgs a{};
+    a.x_t = r.get<int64_t>("x_t"), a.tokens = r.get<int64_t>("tokens"), a.log_prob = r.get<float>("log_prob");
+    a.count = r.get<int64_t>("count"), a.noise = r.get<float>("noise"), a.keys = r.get<int64_t>("keys");
+    a.x_s = r.get<int64_t>("x_s"), a.mask_id = r.integer("mask_id");
+    a.stream = static_cast<uint32_t>(r.number("stream")), a.B = r.integer("B");
+    a.D = r.integer("D"), a.draws = r.integer("draws");
+    cuda::reveal(a, device, nullptr);
   } else if (op == "mixture") {
     MixtureArgs a{};
     mixture(r, a);
@@ -74,6 +82,7 @@ void run(const Request& r, int device) {
   } else if (op == "mixture_backward") {
     MixtureBackwardArgs a{};
     mixture(r, a);
+    a.joint = r.get<float>("joint"), a.correlation = r.get<float>("correlation");
     a.lse = r.get<float>("lse"), a.lse_teacher = r.get<float>("lse_teacher");
     a.lse_target = r.get<float>("lse_target"), a.share = r.get<float>("share"), a.pull = r.get<float>("pull");
     a.grad_joint = r.get<float>("grad_joint"), a.grad_correlation = r.get<float>("grad_correlation");

@@ -2,7 +2,8 @@
 //
 // Logits are (B, L, D, S): classes contiguous, the other strides arbitrary (in elements, 0 allowed), rows at
 // any alignment. Logistic logits (logistic.h) have two floats in place of a row, mean and log-scale, and no row in
-// memory at all; a gradient of theirs is two floats too. Everything else is contiguous in the order of its indices. Pointers marked "or null" may be.
+// memory at all; a gradient of theirs is two floats too. Everything else is contiguous in the order of its indices.
+// Pointers marked "or null" may be.
 // No kernel allocates, keeps state or syncs; workspace is handed in. N = 0 anywhere returns at once. A `split`
 // workspace lets CUDA devices without clusters share a long row between CTAs; its tickets are 0 again afterwards.
 //
@@ -58,6 +59,20 @@ struct ProductArgs {
   uint32_t stream;            // the draws take its coin words, so that tokens of one stream are independent of them
 };
 
+// Select and reveal: of the positions of x_t that are masked, the count[b] of the highest confidence log p + noise[b] g
+// take their tokens, g a Gumbel number of the coin words (reveal.h). Everything else is as it was.
+struct RevealArgs {
+  const int64_t* x_t;     // (B, D)
+  const int64_t* tokens;  // (B, draws, D)
+  const float* log_prob;  // (B, draws, D)
+  const int64_t* count;   // (B,), bounded by 0 and the number of candidates
+  const float* noise;     // (B,)
+  const int64_t* keys;    // (B,)
+  int64_t* x_s;           // (B, draws, D); -1 where a masked position has a negative token or a NaN for confidence
+  int64_t mask_id, B, D, draws;
+  uint32_t stream;
+};
+
 enum Part : int { kDistillation = 0, kMarginalTeacher = 1, kMarginalTarget = 2, kInformation = 3, kParts = 4 };
 
 // A mixture of L products against K sequences, a teacher and a target that is a mixture of T; any may be absent.
@@ -84,7 +99,8 @@ struct MixtureArgs {
   float* lse_teacher;     // (2, B, 1, D), kept for backward
   float* lse_target;      // (2, B, T, D), kept for backward; 0 for rows that are not read
   float* share;           // (B, L, K), softmax over l of sum_d w a, kept for backward
-  float* pull;            // (2, B, L, D), kept for backward: sum_s t_s p_l(s) / sum_l' p_l'(s), teacher's and target's
+  float* pull;            // (., B, L, D), kept for backward: sum_s t_s p_l(s) / sum_l' p_l'(s), a plane for the teacher
+                          // where there is one, then one for the target where there is one
   double* work;           // (B, ceil(D / kPositions), L + 1, K)
   float* row;             // (kParts, B, D): the parts of one position, without its weight
   int64_t B, L, D, S, K, T, information;
@@ -95,6 +111,7 @@ struct MixtureBackwardArgs {
   const int64_t* tokens;
   const uint8_t* inside;
   const float* weight;
+  const float *joint, *correlation;  // (B, K): where one is -inf, its gradient is taken as 0
   const float *lse, *lse_teacher, *lse_target, *share, *pull;
   const float *grad_joint, *grad_correlation;  // (B, K)
   const float* grad_parts;                     // (kParts, B); kInformation has no gradient
@@ -134,6 +151,7 @@ namespace cpu {  // threads: how many may work, the caller's included
 void random_bits(const RandomBitsArgs&, int threads);
 void sample(const SampleArgs&, int threads);
 void sample_product(const ProductArgs&, int threads);
+void reveal(const RevealArgs&, int threads);
 void mixture_positions(const MixtureArgs&, int threads);
 void mixture_finish(const MixtureArgs&, int threads);
 void mixture_backward(const MixtureBackwardArgs&, int threads);
@@ -145,6 +163,7 @@ namespace cuda {  // launched on `stream` (a cudaStream_t) of `device`; throws s
 void random_bits(const RandomBitsArgs&, int device, void* stream);
 void sample(const SampleArgs&, int device, void* stream);
 void sample_product(const ProductArgs&, int device, void* stream);
+void reveal(const RevealArgs&, int device, void* stream);
 void mixture_positions(const MixtureArgs&, int device, void* stream);
 void mixture_finish(const MixtureArgs&, int device, void* stream);
 void mixture_backward(const MixtureBackwardArgs&, int device, void* stream);

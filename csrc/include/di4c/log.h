@@ -11,6 +11,27 @@ constexpr uint32_t kSqrtHalfBits = 0x3f3504f3u;
 constexpr float kLogP0 = 0x1.555554p-2f, kLogP1 = -0x1.000226p-2f, kLogP2 = 0x1.99a008p-3f, kLogP3 = -0x1.547244p-3f;
 constexpr float kLogP4 = 0x1.22da1cp-3f, kLogP5 = -0x1.0d8544p-3f, kLogP6 = 0x1.055b72p-3f, kLogP7 = -0x1.38b582p-4f;
 
+// P, for which log(1 + f) = f - f^2/2 + f^3 P(f).
+DI4C_FN float log_polynomial(float f) {
+  float p = fmaf(kLogP7, f, kLogP6);
+  p = fmaf(p, f, kLogP5);
+  p = fmaf(p, f, kLogP4);
+  p = fmaf(p, f, kLogP3);
+  p = fmaf(p, f, kLogP2);
+  p = fmaf(p, f, kLogP1);
+  return fmaf(p, f, kLogP0);
+}
+
+// log(1 + f) for f in [sqrt 1/2 - 1, sqrt 2 - 1), to as many digits as f has.
+DI4C_FN float log_beside_one(float f) {
+#if defined(__CUDA_ARCH__)
+  const float square = __fmul_rn(f, f);
+#else
+  const float square = f * f;
+#endif
+  return fmaf(fmaf(log_polynomial(f), f, -0.5f), square, f);
+}
+
 DI4C_FN float log_normal(float x) {
   if (!(x == x)) return x;
   uint32_t bits;
@@ -20,20 +41,7 @@ DI4C_FN float log_normal(float x) {
   bits -= whole;
   float f;
   memcpy(&f, &bits, sizeof f);
-  f -= 1.0f;
-  float p = fmaf(kLogP7, f, kLogP6);
-  p = fmaf(p, f, kLogP5);
-  p = fmaf(p, f, kLogP4);
-  p = fmaf(p, f, kLogP3);
-  p = fmaf(p, f, kLogP2);
-  p = fmaf(p, f, kLogP1);
-  p = fmaf(p, f, kLogP0);
-#if defined(__CUDA_ARCH__)
-  const float square = __fmul_rn(f, f);
-#else
-  const float square = f * f;
-#endif
-  return fmaf(e, kLn2Hi, fmaf(e, kLn2Lo, fmaf(fmaf(p, f, -0.5f), square, f)));
+  return fmaf(e, kLn2Hi, fmaf(e, kLn2Lo, log_beside_one(f - 1.0f)));
 }
 
 }  // namespace di4c

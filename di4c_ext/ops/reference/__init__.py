@@ -11,12 +11,14 @@ from di4c_ext.ops.reference.mixture import mixture_kl, mixture_log_prob
 from di4c_ext.ops.reference.objective import MixtureObjective, mixture_backward, mixture_forward, mixture_objective
 from di4c_ext.ops.reference.philox import philox, random_bits, unit_double
 from di4c_ext.ops.reference.product import fixed_masses, prefix_masses, sample_product, sample_rows
+from di4c_ext.ops.reference.reveal import gumbel, reveal
 from di4c_ext.ops.reference.sampling import exp_nonpos, sample
 
 __all__ = [
     "MixtureObjective",
     "exp_nonpos",
     "fixed_masses",
+    "gumbel",
     "logistic_logits",
     "logistic_pull",
     "mixture_backward",
@@ -27,6 +29,7 @@ __all__ = [
     "philox",
     "prefix_masses",
     "random_bits",
+    "reveal",
     "row_loss",
     "row_loss_backward",
     "row_loss_forward",

@@ -25,13 +25,13 @@ CHUNK = 1024
 BAD_ROW = -1
 
 _LOG2E, _ROUND, _EXP_MIN = float.fromhex("0x1.715476p+0"), float.fromhex("0x1.8p+23"), -87.0
-_LN2_HI, _LN2_LO = float.fromhex("0x1.62e400p-1"), float.fromhex("0x1.7f7d1cp-20")
+LN2_HI, LN2_LO = float.fromhex("0x1.62e400p-1"), float.fromhex("0x1.7f7d1cp-20")
 _POLYNOMIAL = [
     float.fromhex(c) for c in ("0x1.6a23cep-10", "0x1.123a20p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2")
 ]
 
 
-def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a b + c in float32 rounded once: the product is exact in float64 (a sum there rounds first, once in 2^29)."""
     return (a.double() * (b.double() if isinstance(b, Tensor) else b) + c).float()
 
@@ -42,12 +42,12 @@ def exp_nonpos(x: Tensor) -> Tensor:
         return torch.exp(x)
     tiny, nan = x < _EXP_MIN, torch.isnan(x)
     safe = torch.where(tiny | nan, 0.0, x)
-    n = _fma(safe, _LOG2E, _ROUND) - _ROUND
-    r = _fma(n, -_LN2_LO, _fma(n, -_LN2_HI, safe))
+    n = fma(safe, _LOG2E, _ROUND) - _ROUND
+    r = fma(n, -LN2_LO, fma(n, -LN2_HI, safe))
     p = torch.full_like(r, _POLYNOMIAL[0])
     for coefficient in _POLYNOMIAL[1:]:
-        p = _fma(p, r, coefficient)
-    p = _fma(p, r * r, r) + 1.0
+        p = fma(p, r, coefficient)
+    p = fma(p, r * r, r) + 1.0
     scaled = (p.view(torch.int32) + (n.to(torch.int32) << 23)).view(torch.float32)
     return torch.where(nan, x, torch.where(tiny, 0.0, scaled))
 
