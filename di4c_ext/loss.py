@@ -23,158 +23,28 @@ and a latent to each row, and the other two act at every t.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from di4c_ext import ops, random
 from di4c_ext.denoiser import Denoiser, Latents, inference
-from di4c_ext.loss_terms import LossParts, Rows, constant, mixture_terms, row_divergence
+from di4c_ext.loss_settings import LossSettings
+from di4c_ext.loss_terms import LossParts, Rows, constant, marginal, mixture_terms, of_states, row_divergence, steps
 from di4c_ext.micro_batch import in_pieces
 from di4c_ext.ops import Logits
 from di4c_ext.process import Process
 
-DataLaw = Literal["sigmoid", "linear", "constant"]
-StepLaw = Literal["uniform", "log_uniform"]
-
 # One sub-key per use of randomness, so that no two draws of a sample share their bits.
-_USES = 9
-_TIMES, _CORRUPT, _STEP, _LATENTS, _TARGET_LATENTS, _TARGET_TOKENS, _ROW_TIMES, _ROW_NOISE, _ROW_LATENTS = range(_USES)
-
-# The published settings, by the name of the system.
-PRESETS: dict[str, dict[str, Any]] = {
-    # Discretised Gaussian diffusion of CIFAR-10's pixels. There the L latents of a sample are drawn apart, uniformly.
-    "pixels": {
-        "num_latents": 16,
-        "data": 1.0,
-        "distillation_rows": 16,
-        "time_min": 0.01,
-        "window": 0.02,
-        "step_min": 0.001,
-        "step_max": 0.01,
-        "step_law": "log_uniform",
-        "target_dropout": True,
-    },
-}
+_USES = 10
+_TIMES, _CORRUPT, _STEP, _LATENTS, _TARGET_LATENTS, _TARGET_TOKENS, _ROW_TIMES, _ROW_NOISE, _ROW_LATENTS = range(9)
+_TEACHER_LATENTS = 9
 
 
-@dataclass(frozen=True)
-class Di4CObjective:
-    """Settings of the loss, and the loss itself when called. Defaults suit absorbing diffusion.
-
-    num_latents         L, latents of the student at x_t per sample
-    num_targets         K, targets of consistency per sample, None for L. A target costs a whole forward of its own at
-                        x_u, a latent only scores them, so K < L saves much of a step
-    distillation        weight of L_distil
-    distillation_rows   0: L_distil is taken at x_t, where t falls into the window. R: over R rows of its own to each
-                        sample, at tau = time_min for half of them and uniform in [time_min, window] for the others;
-                        t is then uniform in [time_min + step, 1], and window_share has no say
-    data                scale of a(t); a(t) = data * law(t)
-    data_law            'sigmoid': sigmoid(20 (t - 1/2)), 'linear': t, 'constant': 1
-    data_marginal       weight of L_data's KL to the teacher's marginals
-    consistency         weight of L_consis
-    control_variate     False: -a(t) LME_l sum_d log p_l^d(x_0^d) and the same at xhat_j, no KL of marginals
-    target_dropout      True: dropout also acts on the targets, as published. By default it does not: one mask is
-                        shared by all positions, and the student would learn its noise as if it were correlation
-    time_min            no t, u or tau lies below: where sampling ends, and a teacher may know nothing beyond
-    window              L_distil acts at t <= window, L_consis above
-    window_share        how often t falls into the window; t is uniform in (time_min, window] or in (window, 1]
-    full_noise_share    how often t is 1 exactly, the first state of every sampler; counts towards t > window
-    step_min, step_max  bounds of the teacher's step t - u, which in the window is also held to (t - time_min) / 2
-    step_law            how the step is spread between them, 'uniform' or 'log_uniform'
-    latent_micro_batch  None, or of how many latents a sample the student's activations may live at once: the same
-                        loss and gradient for one more forward of the student (`micro_batch`)
-    diagnostics         measure how the student uses its latents
-    fused               False: the same values, to rounding, by one op for each term in place of one for all of them
-    """
-
-    num_latents: int = 16
-    num_targets: int | None = None
-    distillation: float = 1.0
-    distillation_rows: int = 0
-    data: float = 0.1
-    data_law: DataLaw = "sigmoid"
-    data_marginal: float = 1.0
-    consistency: float = 1.0
-    control_variate: bool = True
-    target_dropout: bool = False
-    time_min: float = 0.0
-    window: float = 0.05
-    window_share: float = 0.3
-    full_noise_share: float = 0.0
-    step_min: float = 0.01
-    step_max: float = 0.05
-    step_law: StepLaw = "uniform"
-    latent_micro_batch: int | None = None
-    diagnostics: bool = True
-    fused: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("num_latents", "num_targets", "latent_micro_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Di4CObjective: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("distillation", "data", "data_marginal", "consistency"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"Di4CObjective: {name} is a weight, finite and >= 0, got {getattr(self, name)}")
-        for name, law in (("data_law", DataLaw), ("step_law", StepLaw)):
-            if getattr(self, name) not in get_args(law):
-                raise ValueError(f"Di4CObjective: {name} must be one of {get_args(law)}, got {getattr(self, name)!r}")
-        if not 0 < self.window < 1:
-            raise ValueError(f"Di4CObjective: window must lie in (0, 1), got {self.window}")
-        if not 0 <= self.time_min < self.window:
-            raise ValueError(f"Di4CObjective: time_min must lie in [0, window = {self.window}), got {self.time_min}")
-        if self.distillation_rows < 0:
-            raise ValueError(f"Di4CObjective: distillation_rows must be at least 0, got {self.distillation_rows}")
-        if self.distillation_rows and not 0 < self.time_min < 1 - self.step_max:
-            raise ValueError(
-                "Di4CObjective: distillation_rows want 0 < time_min < 1 - step_max, half of them lie at time_min, "
-                f"got time_min {self.time_min} and step_max {self.step_max}"
-            )
-        if min(self.window_share, self.full_noise_share) < 0 or not self.window_share + self.full_noise_share <= 1:
-            raise ValueError(
-                "Di4CObjective: window_share and full_noise_share are shares of the samples, >= 0 and together at most "
-                f"1, got {self.window_share} and {self.full_noise_share}"
-            )
-        if not 0 < self.step_min <= self.step_max <= 1:
-            raise ValueError(
-                f"Di4CObjective: 0 < step_min <= step_max <= 1 wanted, got {self.step_min} and {self.step_max}"
-            )
-
-    @classmethod
-    def preset(cls, name: str, **settings: Any) -> "Di4CObjective":
-        """The published settings of a system, those given here on top. Raises ValueError for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"Di4CObjective: unknown preset {name!r}; known are {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | settings)
-
-    def draw_times(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """t and u, time_min < u < t <= 1, float64 (B,) each: functions of a sample's key alone."""
-        v, w = (1 - random.uniform(keys, 2)).unbind(1)  # in (0, 1], so that t > time_min
-        if self.step_law == "uniform":
-            step = self.step_min + (self.step_max - self.step_min) * w
-        else:
-            step = self.step_min * (self.step_max / self.step_min) ** w
-        # One draw decides where t falls and, rescaled within its share, the place there; a share of 0 is never hit.
-        low, share = (self.time_min + step, 0.0) if self.distillation_rows else (self.window, self.window_share)
-        rest = 1 - share - self.full_noise_share
-        inside = self.time_min + (self.window - self.time_min) * v / max(share, 1e-300)
-        outside = low + (1 - low) * (v - share) / max(rest, 1e-300)
-        t = torch.where(v <= share, inside, outside.clamp(max=1))
-        return t, t - (step if self.distillation_rows else torch.minimum(step, (t - self.time_min) / 2))
-
-    def draw_row_times(self, keys: Tensor) -> Tensor:
-        """tau, float64 (B, R): functions of a sample's key alone."""
-        coin, place = random.uniform(keys, 2 * self.distillation_rows).chunk(2, 1)
-        return self.time_min + torch.where(coin < 0.5, 0.0, (self.window - self.time_min) * place)
-
-    def data_weight(self, t: Tensor) -> Tensor:
-        """a(t), of the shape of t."""
-        if self.data_law == "sigmoid":
-            return self.data * torch.sigmoid(20 * (t - 0.5))
-        return self.data * (t if self.data_law == "linear" else torch.ones_like(t))
+class Di4CObjective(LossSettings):
+    """The loss of a student when called, by the settings explained in `LossSettings`; all of them can be given here."""
 
     def __call__(
         self,
@@ -188,16 +58,25 @@ class Di4CObjective:
         target: Denoiser | None = None,
         times: tuple[Tensor, Tensor] | None = None,
         conditions: Mapping[str, Tensor] | None = None,
+        unconditional: Denoiser | None = None,
+        teacher_latents: Latents | None = None,
     ) -> LossParts:
         """The loss of x_0 (B, D) int64, every draw hanging on keys (B,) int64: fold the training step into them.
 
         latents: keys (B,), n -> (B, n, C). target: the denoiser at u, the student itself unless given (its moving
         average, say). times: t and u, (B,) each, in place of `draw_times`. conditions: (B, ...) each, what all
         denoisers are told of the samples, by the names of their arguments; distillation_rows repeat them for the rows
-        of a sample, which they could not do to what is bound by a partial. With a graph the student is called at x_t,
-        and at the distillation rows if there are any; the teacher is called once with a row a sample, and at those
-        rows. A denoiser that gives NaN makes the parts that hang on it NaN, by name, and leaves other samples as they
-        are.
+        of a sample, which they could not do to what is bound by a partial. unconditional: the teacher told of no class,
+        called with x_t and t alone; the teacher's step is then taken from logits that `process.guide` makes of both,
+        while the divergences to the teacher stay those to its own. teacher_latents: for a teacher that is a mixture
+        itself, as in a second round: each of the K targets is a step of a component of its own, and the divergences are
+        those to the mean of the K.
+
+        Denoisers may give a class more than the process has states, its mask; they lose it. With a graph the student
+        is called at x_t, and at the distillation rows if there are any; the teacher is called once with a row a sample,
+        and at those rows. A denoiser that gives NaN makes the parts that hang on it NaN, by name, and leaves other
+        samples as they are. The loss is a mean over samples whose draws hang on their keys alone: the gradients of
+        micro-batches, each times its share of the samples, add up to the gradient of the batch.
         """
         if x_0.ndim != 2 or keys.shape != x_0.shape[:1]:
             raise ValueError(
@@ -208,13 +87,22 @@ class Di4CObjective:
         key = random.fold_in(keys, torch.arange(_USES, device=keys.device)[:, None])  # (uses, B)
         t, u = self.draw_times(key[_TIMES]) if times is None else times
         x_t = process.corrupt(x_0, t, key[_CORRUPT])
+        mixture: dict[str, Tensor] = {}
+        if teacher_latents is not None:
+            if unconditional is not None or self.distillation_rows:
+                raise ValueError(
+                    "Di4CObjective: a teacher with latents goes neither with unconditional nor with distillation_rows"
+                )
+            mixture = {"latents": teacher_latents(key[_TEACHER_LATENTS], self.num_targets or self.num_latents)}
         with inference(teacher, x_0.device):
-            teacher_logits = constant(teacher(x_t, t.float(), **told))
+            teacher_logits = of_states(constant(teacher(x_t, t.float(), **told, **mixture)), process)
+        stepped = teacher_logits if unconditional is None else _guided(unconditional, process, teacher_logits, x_t, t)
         goal, samples, broken = self._consistency_target(
-            student if target is None else target, process, x_t, teacher_logits, t, u, key, latents, told
+            student if target is None else target, process, x_t, stepped, t, u, key, latents, told
         )
         at_x_t = partial(student, x_t, t.float(), **told)
-        logits = in_pieces(at_x_t, self.latent_micro_batch, 1, latents=latents(key[_LATENTS], self.num_latents))
+        own = latents(key[_LATENTS], self.num_latents)
+        logits = of_states(in_pieces(at_x_t, self.latent_micro_batch, 1, latents=own), process)
         expected = (*x_0.shape[:1], self.num_latents, *x_0.shape[1:], process.num_states)
         if logits.shape != expected:
             raise ValueError(
@@ -228,17 +116,21 @@ class Di4CObjective:
             target=goal,
             samples=samples,
             t=t,
-            weight=process.weight(x_t),
+            weight=self._weight(process, x_t),
             broken=broken,
             rows=self._rows(student, teacher, process, x_0, key, latents, told) if self.distillation_rows else None,
         )
+
+    def _weight(self, process: Process, x: Tensor) -> Tensor | None:
+        """(B, D), of the positions that count; None for all."""
+        return None if self.clean_positions else process.weight(x)
 
     def _consistency_target(
         self,
         target: Denoiser,
         process: Process,
         x_t: Tensor,
-        teacher_logits: Logits,
+        stepped: Logits,
         t: Tensor,
         u: Tensor,
         key: Tensor,
@@ -247,7 +139,7 @@ class Di4CObjective:
     ) -> tuple[Logits, Tensor, Tensor]:
         """g (B, K, D, S) as logits, xhat ~ g (B, K, D), and the samples whose draws failed, (B,) bool."""
         num_targets = self.num_latents if self.num_targets is None else self.num_targets
-        x_u = process.step(x_t, teacher_logits, t, u, key[_STEP], draws=num_targets)
+        x_u = steps(process, x_t, stepped, t, u, key[_STEP], num_targets)
         failed = x_u < 0
         # A failed draw stays open, so that the network sees a state it knows; the sample's parts become NaN below.
         x_u = torch.where(failed, x_t[:, None], x_u)
@@ -259,7 +151,8 @@ class Di4CObjective:
                 x_u,
                 latents=latents(key[_TARGET_LATENTS], num_targets),
             )
-            g = process.carry_over(constant(g), x_u)
+            g = of_states(constant(g), process)
+            g = g if self.clean_positions else process.carry_over(g, x_u)
         samples: Any = ops.sample_categorical(g, key[_TARGET_TOKENS])
         broken = (failed | (samples < 0)).flatten(1).any(1)
         return g, samples.clamp(min=0), broken
@@ -283,10 +176,10 @@ class Di4CObjective:
         told = {name: value.repeat_interleave(number, 0) for name, value in told.items()}
         size = None if self.latent_micro_batch is None else self.latent_micro_batch * len(x_0)
         with inference(teacher, x_0.device):
-            teacher_logits = constant(in_pieces(teacher, size, 0, x_tau, tau.float(), **told))
+            teacher_logits = of_states(constant(in_pieces(teacher, size, 0, x_tau, tau.float(), **told)), process)
         own = latents(key[_ROW_LATENTS], number).flatten(0, 1)
-        student_logits = in_pieces(student, size, 0, x_tau, tau.float(), latents=own, **told)
-        return Rows(student_logits, teacher_logits, process.weight(x_tau))
+        student_logits = of_states(in_pieces(student, size, 0, x_tau, tau.float(), latents=own, **told), process)
+        return Rows(student_logits, teacher_logits, self._weight(process, x_tau))
 
     def parts(
         self,
@@ -305,7 +198,7 @@ class Di4CObjective:
 
         Args:
             logits: (B, L, D, S), the student at x_t with L latents.
-            teacher: (B, D, S), at x_t.
+            teacher: (B, D, S) at x_t, or a mixture (B, T, D, S), which enters by its mean over T.
             data: x_0 (B, D). target, samples: g (B, K, D, S) at u as logits and xhat ~ g (B, K, D); constants.
             t: (B,). weight: (B, D), 0 where x_t tells x_0; None for 1 everywhere.
             broken: (B,) bool, samples whose draws failed: their consistency becomes NaN.
@@ -319,7 +212,7 @@ class Di4CObjective:
         inside = t <= self.window if rows is None else torch.zeros_like(t, dtype=torch.bool)
         terms = mixture_terms(
             logits,
-            teacher=teacher,
+            teacher=teacher if len(teacher.shape) == 3 else marginal(teacher),
             data=data,
             samples=samples,
             target=target if self.control_variate else None,
@@ -352,3 +245,15 @@ class Di4CObjective:
         if self.diagnostics:
             diagnostics["latent_information"] = terms.information
         return LossParts(parts, diagnostics)
+
+
+def _guided(unconditional: Denoiser, process: Process, teacher: Logits, x_t: Tensor, t: Tensor) -> Logits:
+    """The logits that a guided teacher steps from."""
+    guide = getattr(process, "guide", None)
+    if guide is None:
+        raise ValueError(
+            f"Di4CObjective: unconditional is for a process that guides its steps, ConfidenceProcess, got {process!r}"
+        )
+    with inference(unconditional, x_t.device):
+        guided: Logits = guide(teacher, of_states(constant(unconditional(x_t, t.float())), process), t)
+    return guided

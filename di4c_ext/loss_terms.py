@@ -1,13 +1,15 @@
 """What the Di4C objective is made of: its terms before their weights, and its parts by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from di4c_ext import ops
+from di4c_ext import ops, random
 from di4c_ext.ops import Logits
+from di4c_ext.process import Process
 
 
 class LossParts(dict[str, Tensor]):
@@ -48,6 +50,49 @@ def constant(value: Any) -> Any:
     if isinstance(value, ops.Hidden):
         return ops.Hidden(value.states.detach(), value.weight, value.bias)
     return value.detach()
+
+
+def of_states(logits: Any, process: Process) -> Any:
+    """Logits without the class after a process's last state, where a denoiser gives it: the process's mask."""
+    states = process.num_states
+    if logits.shape[-1] != states + 1 or getattr(process, "mask_id", None) != states:
+        return logits
+    if isinstance(logits, ops.Hidden):
+        bias = None if logits.bias is None else logits.bias[:states]
+        return ops.Hidden(logits.states, logits.weight[:states], bias)
+    return logits[..., :states] if isinstance(logits, Tensor) else logits
+
+
+def component(logits: Any, number: int) -> Any:
+    """One of the T of logits (B, T, D, S), as (B, D, S) of the same kind."""
+    if isinstance(logits, ops.Logistic):
+        return logits._replace(mean=logits.mean[:, number], log_scale=logits.log_scale[:, number])
+    if isinstance(logits, ops.Hidden):
+        return logits._replace(states=logits.states[:, number])
+    return logits[:, number]
+
+
+def marginal(logits: Logits) -> Tensor:
+    """log mean_T softmax(logits (B, T, D, S)), (B, D, S), float32 at least; one component's logits live at a time."""
+    total: Tensor | None = None
+    for number in range(logits.shape[1]):
+        x = _tensor(component(logits, number))
+        log_p = x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
+        total = log_p if total is None else torch.logaddexp(total, log_p)
+    if total is None:
+        raise ValueError("marginal: a mixture of at least one component is wanted, got none")
+    return total - math.log(logits.shape[1])
+
+
+def steps(process: Process, x_t: Tensor, logits: Logits, t: Tensor, u: Tensor, keys: Tensor, number: int) -> Tensor:
+    """x_u (B, K, D): K steps from one row of logits (B, D, S), or one step of each component of (B, K, D, S)."""
+    if len(logits.shape) == 3:
+        return process.step(x_t, logits, t, u, keys, draws=number)
+    each = [
+        process.step(x_t, component(logits, k), t, u, random.fold_in(keys, torch.tensor(k, device=keys.device)))
+        for k in range(number)
+    ]
+    return torch.stack(each, 1)
 
 
 def row_divergence(rows: Rows) -> Tensor:

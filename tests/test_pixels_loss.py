@@ -6,7 +6,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from di4c_ext import ops, random
-from di4c_ext.loss import PRESETS, Di4CObjective
+from di4c_ext.loss import Di4CObjective
+from di4c_ext.loss_presets import PRESETS
 from di4c_ext.process import AbsorbingProcess, GaussianProcess
 
 B, L, D, S = 2, 6, 48, 32
