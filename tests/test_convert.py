@@ -271,7 +271,8 @@ def test_files_that_are_no_checkpoint(teacher, file, refused):
     torch.save([1, 2], file)
     assert "holds a list" in refused()
     torch.save({"weight": torch.zeros(2), 3: 4}, file)
-    assert "is of no kind known here, pixels-teacher, pixels-student; it holds weight, 3" in refused()
+    message = refused()
+    assert "is of no kind known here, pixels-teacher, pixels-student, " in message and "it holds weight, 3" in message
 
 
 def test_flags_are_checked(teacher, file, tmp_path, run):

@@ -1,8 +1,10 @@
 """Opens checkpoint files that others have published, and holds their weights against a model's.
 
 Such files are pickles, which may run any code when opened. Here they are read by torch's weights-only reader, which
-makes tensors, numbers, strings and containers of them and refuses all else by name. The one thing allowed on top are
-NumPy's numbers, which optimisers' states hold; they are read by the few lines below, not by NumPy's own functions.
+makes tensors, numbers, strings and containers of them and refuses all else by name. Allowed on top are NumPy's numbers,
+which optimisers' states hold; they are read by the few lines below, not by NumPy's own functions. And classes of the
+frameworks that models are trained with, which their files name beside the weights (a callback, a configuration): an
+empty object stands for each, what the file says of it is forgotten, and the framework need not be installed.
 """
 
 from __future__ import annotations
@@ -48,7 +50,19 @@ _ALLOWED: list[Any] = [
     (_NumberType, "numpy.dtype"),
     (_number, "numpy.core.multiarray.scalar"),  # written under NumPy 1
     (_number, "numpy._core.multiarray.scalar"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
 ]
+_FRAMEWORKS = re.compile(r"(pytorch_lightning|lightning|omegaconf)\.|typing\.Any$")
+
+
+class _Inert:
+    """What a file means by an object of a framework: takes whatever is said of it and keeps nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -59,24 +73,48 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give a checkpoint as its authors published it")
-    found: Any
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            # Mapped, an optimiser's state that nobody asks for is never read. Files from before torch 1.6 are no zips.
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{file}: {_reason(error)}") from error
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    stand_ins: dict[str, Any] = {}
+    while True:
+        try:
+            found = _read(file, [(stand_in, name) for name, stand_in in stand_ins.items()])
+            break
+        except Exception as error:  # a damaged pickle can raise anything
+            name = _refused_name(error)
+            if name is None or name in stand_ins or not _FRAMEWORKS.match(name):
+                raise ValueError(f"{file}: {_reason(error)}") from error
+            stand_ins[name] = type(name, (_Inert,), {})  # each its own: files have such classes as keys
     if not isinstance(found, dict):
         raise ValueError(f"{file}: holds a {type(found).__name__}, a dict of weights is wanted")
     return found
 
 
+def _read(file: Path, stand_ins: Sequence[Any]) -> Any:
+    with torch.serialization.safe_globals([*_ALLOWED, *stand_ins]):
+        # Mapped, an optimiser's state that nobody asks for is never read. Files from before torch 1.6 are no zips.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(file))
+    except Exception as error:  # its own class of error, or the reader's of a file cut short
+        raise ValueError(f"{file}: cannot be read ({error}); the file is damaged, copy it again") from error
+
+
+def _refused_name(error: Exception) -> str | None:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return named[1] if named else None
+
+
 def _reason(error: Exception) -> str:
-    text = str(error)
-    named = re.search(r"GLOBAL ([\w.]+)", text)
-    if named:
+    text, name = str(error), _refused_name(error)
+    if name:
         return (
-            f"names {named[1]}, which no checkpoint of weights needs; it was refused and nothing in the file was "
+            f"names {name}, which no checkpoint of weights needs; it was refused and nothing in the file was "
             "executed. Get the file from its authors again"
         )
     told = re.search(r"WeightsUnpickler error:\s*(.*)", text)
@@ -108,6 +146,27 @@ def check_state(where: str, wanted: Mapping[str, Tensor], state: Mapping[str, An
         raise ValueError(
             f"{where}: the weights are not the model's: {'; '.join(found)}" + (f"; {remedy}" if remedy else "")
         )
+
+
+def named_average(key: str, average: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A moving average that a file lists without names, under `names`: the order in which the file has its weights.
+
+    key: what the file calls the list, for the messages of the ValueError where it is none, or of another length.
+    """
+    if not isinstance(average, (list, tuple)):
+        raise ValueError(f"{key} is a {type(average).__name__}, a list of tensors is wanted")
+    if len(average) != len(names):
+        raise ValueError(
+            f"{key} lists {len(average)} tensors, the file has {len(names)} weights; its average cannot be told apart"
+        )
+    return dict(zip(names, average, strict=True))
+
+
+def number(kind: type, value: Any) -> Any:
+    """A number that a file holds, plain or as a tensor of one; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return kind(value) if isinstance(value, (int, float)) else None
 
 
 def _listed(names: Sequence[str]) -> str:

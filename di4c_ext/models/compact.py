@@ -75,15 +75,11 @@ class CompactDenoiser(MixtureDenoiser):
         """Torch's own start for each layer, zeros where a new part must not change what the network says."""
         if isinstance(module, (nn.Linear, nn.LayerNorm)):
             module.reset_parameters()
-        zero: list[nn.Module] = []
-        if isinstance(module, Block):
-            zero = [module.contract]
-        elif isinstance(module, CompactDenoiser):
-            zero = [*module.latent_in] if module.config.is_student else []
-            zero += [] if module.augmentation_in is None else [module.augmentation_in]
-        for layer in zero:
-            for parameter in layer.parameters():
-                parameter.zero_()
+        if module is self:
+            zero = [*self.latent_in] if self.config.is_student else []
+            for layer in [*zero, *([] if self.augmentation_in is None else [self.augmentation_in])]:
+                for parameter in layer.parameters():
+                    parameter.zero_()
 
     def forward(
         self, x_t: Tensor, t: Tensor | None = None, latents: Tensor | None = None, augmentation: Tensor | None = None

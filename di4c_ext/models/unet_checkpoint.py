@@ -8,13 +8,12 @@ state. The published teacher is evaluated with the average.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from di4c_ext.models.checkpoint import check_state
+from di4c_ext.models.checkpoint import check_state, named_average, number
 from di4c_ext.models.unet import UNetDenoiser
 from di4c_ext.models.unet_config import UNetConfig
 
@@ -26,7 +25,7 @@ class PixelFile(NamedTuple):
     """What one file holds: live weights by name, their average in the same order, and how far training had come."""
 
     raw: dict[str, Any]
-    average: Sequence[Any] | None
+    average: Any
     decay: float | None
     updates: int | None
     iteration: int | None
@@ -55,9 +54,9 @@ def pixel_file(contents: Mapping[str, Any]) -> PixelFile:
     return PixelFile(
         raw,
         state.get("ema_shadow_params"),
-        _number(float, state.get("ema_decay")),
-        _number(int, state.get("ema_num_updates")),
-        _number(int, contents.get("n_iter")),
+        number(float, state.get("ema_decay")),
+        number(int, state.get("ema_num_updates")),
+        number(int, contents.get("n_iter")),
     )
 
 
@@ -78,7 +77,7 @@ def load_pixels(file: PixelFile, config: UNetConfig, weights: Weights) -> UNetDe
     remedy = "for a network of another size name its settings by --model_config"
     check_state("live weights", wanted, file.raw, remedy)
     if file.average is not None:
-        average = _named_average(file)
+        average = named_average("ema_shadow_params", file.average, list(file.raw))
         check_state("moving average", wanted, average, remedy)
     elif weights == "ema":
         raise ValueError("holds no moving average (ema_shadow_params); take the live weights, --weights raw")
@@ -87,26 +86,7 @@ def load_pixels(file: PixelFile, config: UNetConfig, weights: Weights) -> UNetDe
     return model.eval()
 
 
-def _named_average(file: PixelFile) -> dict[str, Any]:
-    """The average under the names of the live weights, matched in the order in which the file itself has them."""
-    average = file.average
-    if not isinstance(average, (list, tuple)):
-        raise ValueError(f"ema_shadow_params is a {type(average).__name__}, a list of tensors is wanted")
-    if len(average) != len(file.raw):
-        raise ValueError(
-            f"ema_shadow_params lists {len(average)} tensors, the file has {len(file.raw)} weights; its average cannot "
-            "be told apart"
-        )
-    return dict(zip(file.raw, average, strict=True))
-
-
 def _state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights in a file, or the file where it is nothing but weights."""
     state = contents.get("model", contents)
     return state if isinstance(state, Mapping) else {}
-
-
-def _number(kind: type, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return kind(value) if isinstance(value, (int, float)) else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 
 from di4c_ext.models.latent import LatentLaw
+from di4c_ext.names import nearest
+from di4c_ext.process import LEVEL_PROCESSES, process_from
 
 _COUNTS = ("num_states", "num_channels", "base_channels", "num_res_blocks", "time_embed_dim", "latent_dim")
 
@@ -25,6 +27,8 @@ class UNetConfig(PreTrainedConfig):
     dropout           inside each residual block, in training
     time_embed_dim    sines and cosines by which a number is shown, even
     time_scale        what t is multiplied by before
+    process           the diffusion it was trained for: "name", gaussian or uniform, and constants of that process where
+                      they are not the default ones, those of the published system; the network does not depend on it
     is_student        True: a mixture student, which wants latents
     latent_dim        C, numbers in a latent (students)
     latent_law        law of each of them, 'uniform' on [0, 1] or 'normal'; for `draw_latents(..., law=)`
@@ -45,6 +49,7 @@ class UNetConfig(PreTrainedConfig):
         dropout: float = 0.1,
         time_embed_dim: int = 128,
         time_scale: float = 1000.0,
+        process: Mapping[str, Any] | None = None,
         is_student: bool = False,
         latent_dim: int = 1,
         latent_law: LatentLaw = "uniform",
@@ -61,6 +66,7 @@ class UNetConfig(PreTrainedConfig):
         self.dropout = dropout
         self.time_embed_dim = time_embed_dim
         self.time_scale = time_scale
+        self.process = {"name": "gaussian"} if process is None else dict(process)
         self.is_student = is_student
         self.latent_dim = latent_dim
         self.latent_law = latent_law
@@ -111,5 +117,12 @@ class UNetConfig(PreTrainedConfig):
         for name in ("time_scale", "latent_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"UNetConfig: {name} must be finite and > 0, got {getattr(self, name)!r}")
+        kind = self.process.get("name")
+        if kind not in LEVEL_PROCESSES:
+            raise ValueError(
+                f'UNetConfig: process must be one of {", ".join(LEVEL_PROCESSES)} by its "name", got {kind!r}'
+                f"{nearest(str(kind), LEVEL_PROCESSES)}"
+            )
+        process_from(self.process, self.num_states, "UNetConfig: process")
         if self.latent_law not in get_args(LatentLaw):
             raise ValueError(f"UNetConfig: latent_law must be one of {get_args(LatentLaw)}, got {self.latent_law!r}")
