@@ -20,15 +20,19 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from di4c_ext import checkpoints, data
+from di4c_ext.names import nearest
+from di4c_ext.process import PROCESSES, process_from
 
 PRESETS = Path(__file__).parent / "presets"
 _OUTSIDE = ("help", "config")  # on the command line only
 _ONCE = ("resume", "overwrite_output_dir", "resume_from_checkpoint")  # of one call, no part of what a run is
+_SCHEDULE = "linear"
+_EXAMPLES = {"process_config": "'{\"rate_sigma\": 3}'"}
 
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are cut into states."""
+    """Which images, how they are cut into states, and how these are lost."""
 
     dataset_name: str = field(
         default="digits",
@@ -43,10 +47,50 @@ class DataArguments:
     grayscale: bool | None = field(default=None, metadata={"help": "false: RGB, true: grey; default: as pictures are"})
     horizontal_flip: bool = field(default=False, metadata={"help": "train on mirror images too"})
     heldout_fraction: float = field(default=1 / 6, metadata={"help": "share of the images kept from training"})
-    schedule: str = field(default="linear", metadata={"help": "masking: linear, cosine, arccos or log_linear"})
+    process: str = field(
+        default="absorbing", metadata={"help": "absorbing: masks, the compact network; gaussian, uniform: the U-Net"}
+    )
+    process_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: constants of gaussian or uniform, e.g. '{\"rate_sigma\": 3}'"}
+    )
+    schedule: str = field(
+        default=_SCHEDULE, metadata={"help": "masking, for absorbing: linear, cosine, arccos or log_linear"}
+    )
 
-    def load(self) -> data.ImageTokens:
-        """All the images; raises ValueError as `data.load` does."""
+    def __post_init__(self) -> None:
+        self.process_config = as_dict("process_config", self.process_config)
+        if self.process not in PROCESSES:
+            known = ", ".join(PROCESSES)
+            raise ValueError(f"--process {self.process!r}: must be one of {known}{nearest(self.process, PROCESSES)}")
+        is_absorbing = self.process == "absorbing"
+        if is_absorbing and self.process_config:
+            raise ValueError(
+                f"--process_config {json.dumps(self.process_config)}: absorbing diffusion has only a --schedule; "
+                "leave it out, or give --process gaussian or uniform"
+            )
+        if not is_absorbing and self.schedule != _SCHEDULE:
+            remedy = (
+                f'give --process_config \'{{"schedule": "{self.schedule}"}}\''
+                if self.process == "uniform"
+                else "leave it out; gaussian has constants, --process_config"
+            )
+            raise ValueError(
+                f"--schedule {self.schedule}: is for --process absorbing, this is {self.process}; {remedy}"
+            )
+        states = max(self.num_states or 256, 2)  # the data say how many; here only the constants are looked at
+        process_from(self.process_settings(), states, "--schedule" if is_absorbing else "--process_config")
+
+    def process_settings(self) -> dict[str, Any]:
+        """The process by name and constants, as `process_from` takes it."""
+        if self.process == "absorbing":
+            return {"name": self.process, "schedule": self.schedule}
+        return {"name": self.process, **as_dict("process_config", self.process_config)}
+
+    def load(self, layout: data.Layout | None = None) -> data.ImageTokens:
+        """All the images, their positions in the order of the process's network unless `layout` names one.
+
+        Raises ValueError as `data.load` does.
+        """
         return data.load(
             self.dataset_name,
             num_states=self.num_states,
@@ -55,6 +99,7 @@ class DataArguments:
             dataset_config=self.dataset_config,
             dataset_split=self.dataset_train_split,
             horizontal_flip=self.horizontal_flip,
+            layout=layout or ("HWC" if self.process == "absorbing" else "CHW"),
         )
 
 
@@ -222,10 +267,17 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' for the known name closest to `key`, or nothing."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def as_dict(flag: str, value: Any) -> dict[str, Any]:
+    """The mapping in a JSON flag or YAML key; raises ValueError for anything else."""
+    example = _EXAMPLES.get(flag, "'{\"dropout\": 0.1}'")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--{flag} {value!r}: not JSON ({error}); write e.g. {example}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"--{flag} {value!r}: write a mapping, e.g. {example}")
+    return dict(value or {})
 
 
 def _refuse(unknown: Sequence[str], known: dict[str, argparse.Action]) -> NoReturn:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
+from di4c_ext.arguments import as_dict
 from di4c_ext.loss import Di4CObjective
+
+TIME_MIN = 0.01  # where the published samplers of levels end
 
 
 @dataclass
@@ -25,12 +29,37 @@ class KeyedConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin host memory for the copy to a GPU"})
     ema_decay: float = field(default=0.0, metadata={"help": "moving average of the weights; 0: none"})
     augment_share: float = field(default=0.0, metadata={"help": "share of the images altered; the network is told"})
+    channels_last: bool = field(
+        default=True, metadata={"help": "keep the U-Net's maps channel by channel at each pixel: faster"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.augment_share <= 1:
             raise ValueError(f"--augment_share {self.augment_share}: must lie in [0, 1]")
         if self.data_seed is None:
             self.data_seed = self.seed
+        super().__post_init__()
+
+
+@dataclass
+class PretrainConfig(KeyedConfig):
+    """Settings of the teacher's training."""
+
+    output_dir: str = field(default="runs/teacher", metadata={"help": "folder of the teacher and its checkpoints"})
+    max_steps: int = field(default=2000, metadata={"help": "optimizer steps"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "images per step and device"})
+    ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
+    time_min: float = field(default=TIME_MIN, metadata={"help": "gaussian and uniform: no time lies below"})
+    model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: settings of models.CompactConfig or UNetConfig, e.g. '{\"dropout\": 0}'"}
+    )
+
+    def __post_init__(self) -> None:
+        self.model_config = as_dict("model_config", self.model_config)
+        if self.max_steps < 1:
+            raise ValueError(f"--max_steps {self.max_steps}: must be at least 1")
+        if not 0 <= self.time_min < 1:
+            raise ValueError(f"--time_min {self.time_min}: must lie in [0, 1), e.g. {TIME_MIN}")
         super().__post_init__()
 
 

@@ -1,12 +1,13 @@
-"""Distils a masked-diffusion teacher into a few-step mixture student, samples both and writes a report.
+"""Distils a product teacher into a few-step mixture student, samples both and writes a report.
 
     python -m di4c_ext.distill
     python -m di4c_ext.distill --num_latents 32 --output_dir my_run
+    python -m di4c_ext.distill --preset pixels --dataset_name cifar-10-batches-py --teacher_model_name_or_path teacher
     python -m di4c_ext.distill --resume --output_dir my_run
 
 The default run takes the built-in digits and trains their teacher, unless the cache has it (`di4c_ext.pretrain`).
 Into --output_dir go report.html, metrics.jsonl, samples/, distill_config.yaml, README.md, the student as
-model.safetensors and config.json, which `CompactDenoiser.from_pretrained` loads, and its teacher in teacher/.
+model.safetensors and config.json, which `systems.load_model` opens, and its teacher in teacher/.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,26 @@ from torch import Tensor
 from transformers import set_seed
 
 from di4c_ext import checkpoints, data, pictures
-from di4c_ext.arguments import DataArguments, RunArguments, as_yaml, parse, read_stored, run
+from di4c_ext.arguments import DataArguments, RunArguments, as_dict, as_yaml, parse, read_stored, run
 from di4c_ext.callbacks import append_metrics, read_metrics
-from di4c_ext.config import DistillConfig
-from di4c_ext.evaluate import EvaluationArguments, Judge, compare, latent_use
-from di4c_ext.models import CompactDenoiser, draw_latents
-from di4c_ext.pretrain import (
+from di4c_ext.config import TIME_MIN, DistillConfig, PretrainConfig
+from di4c_ext.evaluate import EvaluationArguments, check_plan, compare, latent_use, open_judge
+from di4c_ext.generate import SamplingArguments
+from di4c_ext.models.base import MixtureDenoiser
+from di4c_ext.names import check_names
+from di4c_ext.pretrain import Interrupted, augmentation, stopped_message, train_teacher
+from di4c_ext.systems import latents_of, process_of
+from di4c_ext.teachers import (
+    LEVELS_RECIPE,
     RECIPE,
-    Interrupted,
-    PretrainConfig,
-    as_dict,
-    augmentation,
     bounds,
+    bounds_name,
     cached_teacher,
-    check_names,
     load_teacher,
+    network_of,
     new_teacher,
-    stopped_message,
-    train_teacher,
+    num_measured,
 )
-from di4c_ext.process import AbsorbingProcess
 from di4c_ext.trainer import DistillTrainer
 
 STORED = "distill_config.yaml"
@@ -72,15 +72,17 @@ class TeacherArguments:
     teacher_max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     teacher_ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
     teacher_augment_share: float = field(default=0.0, metadata={"help": "share of the images altered"})
+    teacher_time_min: float = field(default=TIME_MIN, metadata={"help": "gaussian and uniform: no time lies below"})
     teacher_model_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: settings of models.CompactConfig"}
+        default=None, metadata={"help": "JSON: settings of models.CompactConfig, or of UNetConfig"}
     )
     teacher_seed: int = field(default=0, metadata={"help": "seed of the teacher's weights and training"})
 
     def config(self, student: DistillConfig) -> PretrainConfig:
         """The teacher's own training settings; device and precision are the student's."""
-        recipe = {name: getattr(self, f"teacher_{name}") for name in RECIPE}
-        shared = {name: getattr(student, name) for name in ("use_cpu", "bf16", "fp16", "disable_tqdm", "report_to")}
+        recipe = {name: getattr(self, f"teacher_{name}") for name in (*RECIPE, *LEVELS_RECIPE)}
+        both = ("use_cpu", "bf16", "fp16", "disable_tqdm", "report_to", "channels_last")
+        shared = {name: getattr(student, name) for name in both}
         return PretrainConfig(output_dir=str(Path(str(student.output_dir)) / "teacher"), **recipe, **shared)
 
 
@@ -92,12 +94,11 @@ class StudentConfig(DistillConfig):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "images per step and device"})
     ema_decay: float = field(default=0.99, metadata={"help": "moving average of the weights; 0: none"})
     student_model_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: latent_dim, latent_hidden_size, dropout"}
+        default=None, metadata={"help": "JSON: latent_dim, dropout and what else from_teacher takes"}
     )
 
     def __post_init__(self) -> None:
         self.student_model_config = as_dict("student_model_config", self.student_model_config)
-        check_names("student_model_config", self.student_model_config, CompactDenoiser.from_teacher, ("cls", "teacher"))
         if self.max_steps < 1:
             raise ValueError(f"--max_steps {self.max_steps}: must be at least 1")
         super().__post_init__()
@@ -107,19 +108,23 @@ class Run:
     """One run: its images, settings and folder, and the seconds each phase took."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        (self.images, self.teacher_args, self.args, self.evaluation, self.options), self.settings = parse(
+        made, self.settings = parse(
             "distill",
-            [DataArguments, TeacherArguments, StudentConfig, EvaluationArguments, RunArguments],
+            [DataArguments, TeacherArguments, StudentConfig, EvaluationArguments, SamplingArguments, RunArguments],
             argv,
             default_preset="digits",
             stored=lambda early: read_stored(Path(early.output_dir or StudentConfig.output_dir) / STORED),
-            description="Distil a masked-diffusion teacher into a few-step mixture student.",
+            description="Distil a product teacher into a few-step mixture student.",
         )
+        self.images, self.teacher_args, self.args, self.evaluation, self.sampling, self.options = made
         self.output = Path(str(self.args.output_dir))
         self.metrics = self.output / "metrics.jsonl"
         self.again = f"python -m di4c_ext.distill --resume --output_dir {self.output}"
+        self.process = self.images.process_settings()
+        self.network = network_of(self.process)
+        settings = as_dict("student_model_config", self.args.student_model_config)
+        check_names("--student_model_config", settings, self.network.from_teacher, ("cls", "teacher"))
         self.train, self.heldout = data.split(self.images.load(), self.images.heldout_fraction)
-        self.process = AbsorbingProcess(self.train.num_states, self.images.schedule)
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -129,43 +134,55 @@ class Run:
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def get_teacher(job: Run, config: PretrainConfig) -> tuple[CompactDenoiser, str, Path]:
+def get_teacher(job: Run, config: PretrainConfig) -> tuple[MixtureDenoiser, str, Path]:
     """The teacher, where it came from in words, and its folder; one not named by the user is kept in the output."""
     named = job.teacher_args.teacher_model_name_or_path
     if named is not None:
-        return load_teacher(Path(named), job.train), f"loaded from {named}", Path(named)
+        return load_teacher(Path(named), job.train, job.process), f"loaded from {named}", Path(named)
     working = Path(str(config.output_dir))
     if job.options.resuming(job.args) and (working / checkpoints.WEIGHTS).is_file():
-        return load_teacher(working, job.train), "of the run that was resumed", working
-    cached = cached_teacher(job.train, config, job.images.schedule)
+        return load_teacher(working, job.train, job.process), "of the run that was resumed", working
+    cached = cached_teacher(job.train, config, job.process)
     if (cached / checkpoints.WEIGHTS).is_file():
-        teacher = load_teacher(cached, job.train)
+        teacher = load_teacher(cached, job.train, job.process)
         print(f"teacher: from the cache, {cached}")
         with checkpoints.whole_folder(working) as folder:
             shutil.copytree(cached, folder, dirs_exist_ok=True)
         return teacher, "from the cache", working
     resume = job.options.checkpoint(config, working) if job.options.resuming(job.args) else None
     working.mkdir(exist_ok=True)
-    teacher = train_teacher(job.train, config, job.images.schedule, resume=resume, again=job.again)
+    teacher = train_teacher(job.train, config, job.process, resume=resume, again=job.again)
     checkpoints.keep_newest(working, 0)
     return teacher, "trained in this run", working
 
 
-def train_student(job: Run, teacher: CompactDenoiser) -> CompactDenoiser:
-    """The student (its moving average), trained or resumed, and saved into the output folder."""
+def new_student(job: Run, teacher: MixtureDenoiser) -> MixtureDenoiser:
+    """An untrained student of this teacher; ValueError for settings it cannot have."""
     set_seed(job.args.seed)
-    student = CompactDenoiser.from_teacher(teacher, **as_dict("student_model_config", job.args.student_model_config))
-    if job.args.augment_share and not teacher.config.augmentation_dim:
+    settings = as_dict("student_model_config", job.args.student_model_config)
+    try:
+        student = job.network.from_teacher(teacher, **settings)  # type: ignore[arg-type]  # load_teacher saw to it
+    except TypeError as error:  # a setting of the wrong kind
+        raise ValueError(f"--student_model_config {json.dumps(settings)}: {error}") from error
+    if job.args.augment_share and not getattr(teacher.config, "augmentation_dim", 0):
         raise ValueError(
             f"--augment_share {job.args.augment_share:g}: this teacher was trained without augmentation and cannot be "
             "told of it; give 0, or train the teacher with --teacher_augment_share"
         )
+    return student
+
+
+def train_student(job: Run, teacher: MixtureDenoiser) -> MixtureDenoiser:
+    """The student (its moving average), trained or resumed, and saved into the output folder."""
+    student = new_student(job, teacher)
+    latents = latents_of(student.config)
+    assert latents is not None  # a student
     trainer = DistillTrainer(
         student,
         teacher=teacher,
-        latents=partial(draw_latents, latent_dim=student.config.latent_dim),
+        latents=latents,
         augment=augmentation(job.train, job.args.augment_share),
-        process=job.process,
+        process=process_of(student.config),
         args=job.args,
         train_dataset=job.train,
         metrics_file=job.metrics,
@@ -173,36 +190,54 @@ def train_student(job: Run, teacher: CompactDenoiser) -> CompactDenoiser:
     trainer.train(resume_from_checkpoint=job.options.checkpoint(job.args))
     if trainer.interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(stopped_message("student", trainer.state, job.again))
-    best: CompactDenoiser = trainer.best_model().eval()
+    best: MixtureDenoiser = trainer.best_model().eval()
     checkpoints.save_model(best, job.output)
     return best
 
 
-def evaluate(job: Run, teacher: CompactDenoiser, student: CompactDenoiser) -> dict[str, Any]:
+def evaluate(job: Run, teacher: MixtureDenoiser, student: MixtureDenoiser) -> dict[str, Any]:
     """All figures of the report; each also becomes a line of metrics.jsonl, and the first seed's images a PNG."""
     student.to(job.args.device)
     teacher.to(job.args.device)
-    judge = Judge(job.train, job.heldout, checkpoints.cache_folder())
+    judge = open_judge(job.train, job.heldout, job.evaluation)
     kept = [line for line in read_metrics(job.metrics) if line.get("phase") != "evaluation"]
     checkpoints.write_text(job.metrics, "".join(json.dumps(line) + "\n" for line in kept))
     rows: list[dict[str, Any]] = []
     grids: dict[tuple[str, int], Tensor] = {}
-    for row, samples in compare({"teacher": teacher, "student": student}, judge, job.evaluation, SHOWN):
+    models = {"teacher": teacher, "student": student}
+    for row, samples in compare(models, judge, job.evaluation, SHOWN, job.sampling):
         rows.append(row)
         append_metrics(job.metrics, {"phase": "evaluation", **row})
         if row["seed"] == job.evaluation.eval_seeds[0]:
             grids[row["model"], row["num_steps"]] = samples
             picture = pictures.grid(samples, job.train.shape, job.train.num_states, layout=job.train.layout)
-            pictures.save(picture, job.output / "samples" / f"{row['model']}-{row['num_steps']:03d}steps.png")
+            file = job.output / "samples" / f"{row['model']}-{row['num_steps']:03d}steps.png"
+            pictures.save(picture, file, scale=pictures.scale_for(job.train.shape))
     return {
         "rows": rows,
         "grids": grids,
         "floors": judge.floors,
         "sizes": judge.sizes,
         "accuracy": judge.accuracy,
-        "bounds": bounds(teacher, job.train, job.heldout),
+        "bounds": bounds(teacher, job.train, job.heldout, job.teacher_args.teacher_time_min),
+        "num_bounds": {
+            name: num_measured(teacher.config, images)
+            for name, images in (("train", job.train), ("heldout", job.heldout))
+        },
+        "bounds_name": bounds_name(teacher.config, job.teacher_args.teacher_time_min),
         "latents": latent_use(student, job.heldout, job.args.num_latents),
     }
+
+
+def check(job: Run, config: PretrainConfig) -> None:
+    """Refuses bad settings before anything is written, on an untrained teacher or the one that was named."""
+    named = job.teacher_args.teacher_model_name_or_path
+    teacher: MixtureDenoiser
+    if named is None:
+        teacher = new_teacher(job.train, config, job.process)
+    else:
+        teacher = load_teacher(Path(named), job.train, job.process)
+    check_plan(job.evaluation, job.sampling, {"teacher": teacher, "student": new_student(job, teacher)})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -210,10 +245,7 @@ def main(argv: Sequence[str]) -> int:
 
     job = Run(argv)
     config = job.teacher_args.config(job.args)
-    if job.teacher_args.teacher_model_name_or_path is None:
-        new_teacher(job.train, config, job.images.schedule)  # refuses bad settings before anything is written
-    else:
-        load_teacher(Path(job.teacher_args.teacher_model_name_or_path), job.train)
+    check(job, config)
     checkpoints.claim(
         job.output, STORED, resume=job.options.resuming(job.args), overwrite=job.options.overwrite_output_dir
     )

@@ -1,4 +1,5 @@
-"""Training on `transformers.Trainer`: the teacher by its likelihood bound, the student by the Di4C objective.
+"""Training on `transformers.Trainer`: the teacher by its likelihood bound or, over levels, by the cross-entropy of the
+clean image; the student by the Di4C objective.
 
     trainer = DistillTrainer(student, teacher=teacher, process=process, args=DistillConfig(...), train_dataset=images)
     trainer.train()
@@ -23,9 +24,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from di4c_ext import callbacks, checkpoints, data, random
-from di4c_ext.config import DistillConfig, KeyedConfig
+from di4c_ext.config import TIME_MIN, DistillConfig, KeyedConfig
 from di4c_ext.denoiser import Denoiser, Latents
 from di4c_ext.loss import Di4CObjective, LossParts
+from di4c_ext.metrics.denoising import denoising_cross_entropy
 from di4c_ext.metrics.likelihood import likelihood_bound
 from di4c_ext.process import AbsorbingProcess, Process
 
@@ -59,6 +61,8 @@ class KeyedTrainer(Trainer):
                 f"--per_device_train_batch_size {args.per_device_train_batch_size}: there are only "
                 f"{len(train_dataset)} training images; give a smaller batch"
             )
+        if args.channels_last:
+            as_channels_last(model)
         self.process = process
         self._sums: Parts = {}
         self._num_summed = 0
@@ -72,7 +76,6 @@ class KeyedTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._keys = random.keys(args.seed, int(train_dataset.example.max()) + 1, device=args.device)
         self.ema = callbacks.EmaCallback(self.model, args.ema_decay) if args.ema_decay else None
         self.interrupt = callbacks.InterruptCallback()
         self.progress = callbacks.ProgressCallback(phase)
@@ -133,7 +136,8 @@ class KeyedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        keys = random.fold_in(self._keys[inputs["example"]], self.state.global_step)
+        # The example's own key, random.keys(seed, ...)[example], whatever the number of examples.
+        keys = random.fold_in(random.fold_in(self.args.seed, inputs["example"]), self.state.global_step)
         parts = self.loss_parts(model, inputs["x_0"], keys)
         self._unchecked.append(parts)
         for name, value in parts.items():
@@ -202,20 +206,29 @@ class KeyedTrainer(Trainer):
 
 
 class PretrainTrainer(KeyedTrainer):
-    """Trains a product denoiser by the masked-diffusion likelihood bound (`metrics.likelihood`)."""
+    """Trains a product denoiser: by the likelihood bound of masked diffusion (`metrics.likelihood`), or under another
+    process by the cross-entropy of x_0 given x_t (`metrics.denoising`), t uniform in [time_min, 1].
+    """
 
-    process: AbsorbingProcess
-
-    def __init__(self, model: PreTrainedModel, *, augment: Augment | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, augment: Augment | None = None, time_min: float = TIME_MIN, **kwargs: Any
+    ) -> None:
         super().__init__(model, phase=kwargs.pop("phase", "teacher"), **kwargs)
         self.augment = augment
+        self.time_min = time_min
 
     def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor) -> Parts:
         conditions: dict[str, Tensor] = {}
         if self.augment is not None:
             x_0, conditions = self.augment(x_0, keys)
-        bound = likelihood_bound(model, self.process, x_0, keys, conditions=conditions).mean()
-        return {"loss": bound / x_0.shape[1], "nats_per_image": bound}
+        if isinstance(self.process, AbsorbingProcess):
+            nats = likelihood_bound(model, self.process, x_0, keys, conditions=conditions)
+        else:
+            nats = denoising_cross_entropy(
+                model, self.process, x_0, keys, time_min=self.time_min, conditions=conditions
+            )
+        mean = nats.mean()
+        return {"loss": mean / x_0.shape[1], "nats_per_image": mean}
 
 
 class DistillTrainer(KeyedTrainer):
@@ -234,6 +247,8 @@ class DistillTrainer(KeyedTrainer):
         super().__init__(model, phase=kwargs.pop("phase", "student"), args=args, **kwargs)
         if isinstance(teacher, nn.Module):
             teacher.to(args.device).eval().requires_grad_(False)
+            if args.channels_last:
+                as_channels_last(teacher)
         self.teacher = teacher
         self.latents = latents
         self.augment = augment
@@ -267,6 +282,11 @@ class DistillTrainer(KeyedTrainer):
             target=self.target,
             conditions=conditions,
         )
+
+
+def as_channels_last(model: nn.Module) -> None:
+    """Lays the weights of convolutions out so that the maps come channel by channel at each pixel; others stay."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which torch's stubs leave out
 
 
 class _CheckFinite(TrainerCallback):

@@ -44,7 +44,7 @@ class GaussianProcess:
     """Discretised Gaussian diffusion over `num_states` ordered states S >= 2.
 
     The constants are the published ones for 256 levels. Fewer levels want narrower ones and less of a time_base, since
-    a jump takes them farther: 3, 64 and 1 will do for 32.
+    a jump takes them farther: 3, 64 and 0.3 mix 32 levels as the published constants mix 256.
 
     rate_sigma, q_sigma: widths of a jump and of pi, in states. time_exponential kappa > 1, time_base b > 0.
     epsilon, cutoff: 0, for the process as it is defined. The published programs set entries of q below 1e-8 to 0
