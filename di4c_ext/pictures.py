@@ -85,6 +85,11 @@ def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 
+def scale_for(shape: tuple[int, ...]) -> int:
+    """How much to enlarge images (height, width[, channels]) that are to be looked at: 8 x 8 ones six times."""
+    return max(1, round(48 / max(shape[:2])))
+
+
 def png(pixels: np.ndarray, scale: int = 1) -> bytes:
     """The pixels as a PNG file, each drawn scale x scale."""
     from PIL import Image

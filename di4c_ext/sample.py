@@ -1,9 +1,10 @@
 """Draws images from a saved teacher or student.
 
     python -m di4c_ext.sample --model runs/digits --num_steps 4 --num_samples 64 --seed 0
+    python -m di4c_ext.sample --model runs/pixels --num_steps 10 --teacher runs/pixels/teacher --hybrid 2
 
-Writes a grid (.png) and the states (.npz, array `images`). Image i is a function of the model, the number of steps,
-the seed and i: not of the batch size, nor of how many are asked for.
+Writes a grid (.png, of the first 256) and the states (.npz, array `images`). Image i is a function of the model, its
+options, the number of steps, the seed and i: not of the batch size, nor of how many are asked for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from di4c_ext import checkpoints, pictures
-from di4c_ext.arguments import parse, run
-from di4c_ext.evaluate import generate, open_model
+from di4c_ext.arguments import UsageError, parse, run
+from di4c_ext.data import as_images
+from di4c_ext.evaluate import open_pair
+from di4c_ext.generate import SamplingArguments, check_sampling, generate
+from di4c_ext.systems import image_shape_of, layout_of
+
+SHOWN = 256  # images in the grid at most
 
 
 @dataclass
@@ -25,11 +31,13 @@ class SampleArguments:
     """What to draw, and where to put it."""
 
     model: str = field(default="runs/digits", metadata={"help": "folder of a teacher or student"})
+    teacher: str | None = field(
+        default=None, metadata={"help": "folder of the student's teacher, for --hybrid and --guidance"}
+    )
     num_steps: int = field(default=4, metadata={"help": "sampling steps, one call of the network each"})
     num_samples: int = field(default=64, metadata={"help": "images"})
     seed: int = field(default=0, metadata={"help": "same seed, same images"})
     batch_size: int = field(default=256, metadata={"help": "images at a time; changes none of them"})
-    temperature: float = field(default=1.0, metadata={"help": "below 1: likelier states, 0: the likeliest"})
     output: str | None = field(
         default=None, metadata={"help": "name without ending; default: samples/MODEL-STEPSsteps-seedSEED in --model"}
     )
@@ -38,16 +46,26 @@ class SampleArguments:
         for name in ("num_steps", "num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature {self.temperature}: must be finite and >= 0; 1 leaves the model alone")
 
 
 def main(argv: Sequence[str]) -> int:
-    (args,), _ = parse("sample", [SampleArguments], argv, description="Draw images from a saved teacher or student.")
-    model = open_model(args.model)
+    (args, options), _ = parse(
+        "sample",
+        [SampleArguments, SamplingArguments],
+        argv,
+        description="Draw images from a saved teacher or student.",
+    )
+    if args.teacher is not None and not options.wants_teacher:
+        raise UsageError(f"--teacher {args.teacher}: is for --hybrid or --guidance; give one of them, or leave it out")
+    models = open_pair(args.model, args.teacher)
+    kind, model = list(models.items())[-1]
+    teacher = models["teacher"] if len(models) == 2 else None
+    check_sampling(model, args.num_steps, teacher=teacher, options=options)
     config = model.config
-    shape = tuple(getattr(config, "image_shape", None) or (1, config.length))
-    kind = "student" if config.is_student else "teacher"
+    shape, layout = image_shape_of(config), layout_of(config)
+    name = f"hybrid{options.hybrid}" if options.hybrid else kind
+    if options.guidance is not None:
+        name = f"guided{options.guidance:g}"
     start = time.perf_counter()
     tokens = generate(
         model,
@@ -55,22 +73,24 @@ def main(argv: Sequence[str]) -> int:
         args.num_samples,
         seed=args.seed,
         batch_size=args.batch_size,
-        temperature=args.temperature,
+        teacher=teacher,
+        options=options,
     )
     seconds = time.perf_counter() - start
-    default = Path(args.model) / "samples" / f"{kind}-{args.num_steps}steps-seed{args.seed}"
+    default = Path(args.model) / "samples" / f"{name}-{args.num_steps}steps-seed{args.seed}"
     stem = Path(args.output) if args.output is not None else default
     image_file, array_file = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".npz")
-    columns = max(1, round(args.num_samples**0.5))
-    pictures.save(pictures.grid(tokens, shape, config.num_states, columns), image_file)
+    shown = tokens[:SHOWN]
+    picture = pictures.grid(shown, shape, config.num_states, max(1, round(len(shown) ** 0.5)), layout)
+    pictures.save(picture, image_file, scale=pictures.scale_for(shape))
     with checkpoints.whole_file(array_file) as staging, open(staging, "wb") as handle:
         np.savez_compressed(
             handle,
-            images=tokens.numpy().reshape(-1, *shape).astype(np.uint8 if config.num_states <= 256 else np.int32),
+            images=as_images(tokens, shape, layout).numpy().astype(np.uint8 if config.num_states <= 256 else np.int32),
             num_steps=args.num_steps,
             seed=args.seed,
         )
-    print(f"{len(tokens)} images in {args.num_steps} steps, {seconds:.2f} s ({kind})\n{image_file}\n{array_file}")
+    print(f"{len(tokens)} images in {args.num_steps} steps, {seconds:.2f} s ({name})\n{image_file}\n{array_file}")
     return 0
 
 

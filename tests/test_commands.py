@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import di4c_ext
-from di4c_ext import arguments, distill, evaluate, pretrain, sample
+from di4c_ext import arguments, distill, generate, pretrain, sample
 from di4c_ext.callbacks import read_metrics
 from di4c_ext.models import CompactConfig, CompactDenoiser
 
@@ -201,10 +201,10 @@ def test_sample(finished: Path, cache: Path, tmp_path: Path, refused: Callable[.
         images = file["images"]
     assert images.shape == (10, 8, 8) and images.max() <= 16
     assert (tmp_path / "four.steps.png").read_bytes().startswith(b"\x89PNG")
-    model = evaluate.open_model(finished)
-    some = evaluate.generate(model, 4, 7, seed=0, batch_size=3)
+    model = generate.open_model(finished)
+    some = generate.generate(model, 4, 7, seed=0, batch_size=3)
     assert torch.equal(some, torch.from_numpy(images[:7].reshape(7, 64)).long())
-    assert not torch.equal(some, evaluate.generate(model, 4, 7, seed=1))
+    assert not torch.equal(some, generate.generate(model, 4, 7, seed=1))
     for argv, message in (
         (["--num_steps", 0], "--num_steps 0: must be at least 1"),
         (["--num_samples", -1], "--num_samples -1: must be at least 1"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from di4c_ext import data, pictures, report
+from di4c_ext import data, generate, pictures, report
 from di4c_ext.report import charts
 from di4c_ext.report.facts import Facts, doubling, headline, latent_verdict, number, teacher_needs
 
@@ -16,14 +17,23 @@ TEACHER = {1: (60.0, 64.0), 2: (40.0, 44.0), 4: (20.0, 22.0)}
 STUDENT = {1: (21.0, 23.0), 2: (12.0, 20.5), 4: (9.0, 11.0)}
 
 
-def _facts(student: dict[int, tuple[float, float]] = STUDENT, correlation: float = 2.5) -> Facts:
-    images = data.load("digits")
+def _facts(
+    student: dict[int, tuple[float, float]] = STUDENT,
+    correlation: float = 2.5,
+    images: data.ImageTokens | None = None,
+    hybrid: dict[int, tuple[float, float]] | None = None,
+    sampler: str = "ancestral",
+    more: dict[str, Any] | None = None,
+) -> Facts:
+    images = images or data.load("digits")
     rows: list[dict[str, Any]] = []
-    for model, table in (("teacher", TEACHER), ("student", student)):
+    models = {"teacher": TEACHER, "student": student} | ({} if hybrid is None else {"hybrid": hybrid})
+    for model, table in models.items():
         for n, values in table.items():
             for seed, value in reversed(list(enumerate(values))):
                 figures = {"frechet_features": value, "position_entropy": 1.5, "unigram_entropy": 2.0}
-                rows.append({"model": model, "num_steps": n, "seed": seed, "num_samples": 100, **figures})
+                row = {"model": model, "sampler": sampler, "num_steps": n, "seed": seed, "num_samples": 100}
+                rows.append({**row, **figures, **({"label_score": 5 + value / 10} if sampler == "analytic" else {})})
     results = {
         "rows": rows,
         "grids": {(row["model"], row["num_steps"]): images.tokens[:4].long() for row in rows},
@@ -31,6 +41,7 @@ def _facts(student: dict[int, tuple[float, float]] = STUDENT, correlation: float
         "sizes": {"all": 1797, "train": 1497, "heldout": 300},
         "accuracy": 0.97,
         "bounds": {"train": 72.0, "heldout": 85.0},
+        "num_bounds": {"train": 1497, "heldout": 300},
         "latents": [
             {
                 "t": 1.0,
@@ -54,7 +65,10 @@ def _facts(student: dict[int, tuple[float, float]] = STUDENT, correlation: float
         for phase in ("teacher", "student")
         for step in (1, 2, 3)
     ]
-    settings = {"num_latents": 8, "output_dir": "out", "dataset_name": "<b>mine</b>"}
+    if sampler == "analytic":
+        results["floors"]["label_score"] = 8.8
+        results["bounds_name"] = "denoising cross-entropy in nats an image, mean over t in [0.01, 1]"
+    settings = {"num_latents": 8, "output_dir": "out", "dataset_name": "<b>mine</b>"} | (more or {})
     return Facts(settings, results, history, "trained in this run", {"teacher": 90.0}, images, 1000, 900)
 
 
@@ -116,3 +130,49 @@ def test_number() -> None:
         "123",
         "12346",
     ]
+
+
+def _pixels() -> Facts:
+    rng = np.random.default_rng(0)
+    images = data.from_arrays(rng.integers(0, 4, (8, 16, 18, 3)), rng.integers(0, 2, 8), num_states=4, layout="CHW")
+    return _facts(
+        images=images,
+        hybrid={n: (a - 1, b - 1) for n, (a, b) in STUDENT.items()},
+        sampler="analytic",
+        more={"process": "gaussian", "hybrid": 1},
+    )
+
+
+def test_a_pixel_run_is_told_in_its_own_words() -> None:
+    facts = _pixels()
+    page, card, table = report.page(facts), report.model_card(facts), report.summary(facts)
+    for text in (page, card):
+        assert "discretised Gaussian diffusion" in text and "denoising cross-entropy" in text.lower()
+        assert "The hybrid is the student, whose last 1 evaluation the teacher takes over." in text
+        assert "posterior steps on an even grid from 1 to 0.01" in text and "the likeliest levels" in text
+        assert "the 64 of a small classifier" in text and "real against real at this number" in text
+        told = re.sub(r'base64,[^"]+', "", text)
+        assert not re.search(r"mask|ancestral|likelihood bound", told, re.IGNORECASE)
+    assert "| hybrid, seed 1 | 22.0 | 19.5 | 10.0 |" in card and re.search(r"hybrid +21\.0 +15\.2 +9\.00\n", table)
+    assert '), (16, 18, 3), "CHW")' in card and "open_model" in card
+    assert "Inception-style score by the labels" in page and "own classifier" in page
+    assert page.count('<h3 class="hybrid">') == 1 and page.count("<figure><img") == 3 * 3
+    assert "repeat(3, 1fr)" in page and "var(--series-3)" in page
+    grid = pictures.grid(facts.images.tokens[:4].long(), (16, 18, 3), 4, 16, "CHW")
+    assert pictures.data_url(grid) in page
+
+
+def test_extras_are_not_told_of_where_there_are_none() -> None:
+    text = report.page(_facts()) + report.model_card(_facts())
+    assert "hybrid is" not in text and "Guided" not in text and 'class="hybrid"' not in text
+    assert "masked diffusion" in text and "ancestral sampling" in text
+
+
+def test_the_card_shows_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = _pixels()
+    (code,) = re.findall(r"```python\n(.*?)```", report.model_card(facts), re.DOTALL)
+    monkeypatch.setattr(generate, "open_model", lambda folder, is_student: ("student of", folder))
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: facts.images.tokens)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert space["student"] == ("student of", "out") and space["images"].shape == (8, 16, 18, 3)

@@ -1,10 +1,13 @@
 """How good the samples are, in figures that say how many samples they stand on.
 
-`frechet` (distance of two Gaussians, streaming moments), `features` (a small classifier's feature space), `entropy`
-(per position and pooled), `likelihood` (bound of a masked-diffusion denoiser), `mixture` (what the latents carry).
+`frechet` (distance of two Gaussians, streaming moments), `features` (a small classifier's feature space), `extractor`
+(one the user names), `label_score` (an inception-style score), `entropy` (per position and pooled), `judge` (all of
+these, with their floors), `likelihood` (bound of a masked-diffusion denoiser), `denoising` (the same for levels),
+`mixture` (what the latents carry).
 """
 
 from di4c_ext.metrics.entropy import position_entropy, unigram_entropy
 from di4c_ext.metrics.frechet import Moments, frechet_distance
+from di4c_ext.metrics.label_score import label_score
 
-__all__ = ["Moments", "frechet_distance", "position_entropy", "unigram_entropy"]
+__all__ = ["Moments", "frechet_distance", "label_score", "position_entropy", "unigram_entropy"]

@@ -19,6 +19,7 @@ class Moments:
         self.n = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+        self._root: Tensor | None = None
         if features is not None:
             self.update(features)
 
@@ -36,11 +37,26 @@ class Moments:
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64)
             self._scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         mean = x.mean(0)
+        self._root = None
         total, delta, centred = self.n + len(x), mean - self.mean, x - mean
         self._scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * len(x) / total)
         self.mean += delta * (len(x) / total)
         self.n = total
         return self
+
+    def without(self, part: Moments) -> Moments:
+        """The moments of what was seen here and not in `part`, whose vectors were all seen here."""
+        if part.n > self.n or (part.n and len(part.mean) != len(self.mean)):
+            raise ValueError(f"Moments.without: {part.n} vectors cannot be part of these {self.n}")
+        rest = Moments()
+        rest.n = self.n - part.n
+        if rest.n and part.n:
+            rest.mean = self.mean + (self.mean - part.mean) * (part.n / rest.n)
+            delta = part.mean - rest.mean
+            rest._scatter = self._scatter - part._scatter - torch.outer(delta, delta) * (part.n * rest.n / self.n)
+        elif rest.n:
+            rest.mean, rest._scatter = self.mean.clone(), self._scatter.clone()
+        return rest
 
     @property
     def covariance(self) -> Tensor:
@@ -49,17 +65,24 @@ class Moments:
             raise ValueError(f"Moments: {self.n} vector(s) seen; a covariance needs at least 2")
         return self._scatter / (self.n - 1)
 
+    @property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance (F, F), computed once."""
+        if self._root is None:
+            value, vector = torch.linalg.eigh(self.covariance)
+            self._root = (vector * value.clamp_min(0).sqrt()) @ vector.T
+        return self._root
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Fréchet distance, never below 0; exact for singular covariances too.
 
-    tr((C_a C_b)^{1/2}) is the sum of the square roots of the eigenvalues of the symmetric R C_b R, R = C_a^{1/2}.
+    tr((C_a C_b)^{1/2}) is the sum of the square roots of the eigenvalues of the symmetric R C_b R, R = C_a^{1/2}; the
+    root stays with `a`, so let that be the one of several distances.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"frechet_distance: {len(a.mean)} features against {len(b.mean)}; use one feature space")
     cov_a, cov_b = a.covariance, b.covariance
-    value, vector = torch.linalg.eigh(cov_a)
-    root = (vector * value.clamp_min(0).sqrt()) @ vector.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(a.root @ cov_b @ a.root).clamp_min(0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(float(distance), 0.0)

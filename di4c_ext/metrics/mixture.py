@@ -7,12 +7,17 @@ from torch import Tensor
 
 from di4c_ext import ops
 from di4c_ext.denoiser import Denoiser, Latents, inference
-from di4c_ext.process import AbsorbingProcess
+from di4c_ext.ops import Logits
+from di4c_ext.process import Process
+from di4c_ext.sampler.guidance import cuts_of, dense
+
+_MOST_BYTES = 256 << 20  # of logits made at a time
+_BYTES_EACH = 12  # logits, their logarithms of probabilities, and these
 
 
 def correlation_gain(
     student: Denoiser,
-    process: AbsorbingProcess,
+    process: Process,
     x_0: Tensor,
     keys: Tensor,
     latents: Latents,
@@ -23,7 +28,7 @@ def correlation_gain(
 ) -> dict[str, float]:
     """Means over x_0 (N, D) at time t, in nats a sample; with num_latents components to the mixture:
 
-    joint        log of the mixture's probability of the positions still masked
+    joint        log of the mixture's probability of the positions still noised
     correlation  how much of it the positions owe to one another: joint - log of the product of its marginals.
                  0 for a model without latents, or one that ignores them
     information  summed over those positions, what the latent tells about each: H(mean over latents) - mean H
@@ -42,9 +47,15 @@ def correlation_gain(
     return {name: value / len(x_0) for name, value in total.items()}
 
 
-def _information(logits: Tensor) -> Tensor:
-    """(B, L, D, S) -> (B, D): mutual information of the latent and the state at each position."""
-    log_p = logits.float().log_softmax(-1)
+def _information(logits: Logits) -> Tensor:
+    """(B, L, D, S) -> (B, D): mutual information of the latent and the state at each position, piece by piece."""
+    batch, *rest = logits.shape
+    cuts = cuts_of(batch, _BYTES_EACH * torch.Size(rest).numel(), _MOST_BYTES)
+    return torch.cat([_information_of(dense(logits, cut)) for cut in cuts])
+
+
+def _information_of(logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
     p = log_p.exp()
     mean = p.mean(1)
     return torch.special.xlogy(p, p).sum(-1).mean(1) - torch.special.xlogy(mean, mean).sum(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from di4c_ext.report.facts import FIGURES, Facts, headline, latent_verdict, number, plural
+from di4c_ext.metrics.features import num_features
+from di4c_ext.metrics.judge import CUTS
+from di4c_ext.report.facts import FIGURES, Facts, cast, headline, latent_verdict, number, plural
 
 TEMPLATE = """---
 library_name: di4c_ext
@@ -18,20 +20,20 @@ datasets:
 
 {headline}.
 
-A masked-diffusion student of {parameters:,} parameters, distilled by Di4C (arXiv 2410.08709) from a teacher of
+A student of {parameters:,} parameters for {diffusion} diffusion, distilled by Di4C (arXiv 2410.08709) from a teacher of
 {teacher_parameters:,}. Images of {shape}, {num_states} states a pixel. {latents}
 
 ## Use
 
 ```python
-from di4c_ext.evaluate import generate
-from di4c_ext.models import CompactDenoiser
+from di4c_ext.data import as_images
+from di4c_ext.generate import generate, open_model
 
-student = CompactDenoiser.from_pretrained("{folder}").eval()
-images = generate(student, num_steps=4, num_samples=64, seed=0).reshape(-1, {shape_tuple})
+student = open_model("{folder}", is_student=True)
+images = as_images(generate(student, {num_steps}, 64, seed=0), ({shape_tuple}), "{layout}")
 ```
 
-    python -m di4c_ext.sample --model {folder} --num_steps 4 --num_samples 64 --seed 0
+    python -m di4c_ext.sample --model {folder} --num_steps {num_steps} --num_samples 64 --seed 0
 
 ## Figures
 
@@ -39,9 +41,9 @@ images = generate(student, num_steps=4, num_samples=64, seed=0).reshape(-1, {sha
 
 {tables}
 
-## Likelihood of the teacher
+## What the teacher knows
 
-Bound in nats an image: {train_bound:.1f} on training images, {heldout_bound:.1f} on held-out ones.
+{bounds_name}: {train_bound:.1f} on training images, {heldout_bound:.1f} on held-out ones.
 
 ## Citation
 
@@ -59,19 +61,36 @@ Bound in nats an image: {train_bound:.1f} on training images, {heldout_bound:.1f
 def protocol(facts: Facts) -> str:
     """What the figures stand on: samples, seeds, references, the feature space."""
     sizes = facts.results["sizes"]
-    accuracy = facts.results["accuracy"]
-    space = (
-        "Features: the 32 of a small classifier trained on the labels of the training images "
-        f"(right on {accuracy:.1%} of the held-out ones). "
-        if accuracy is not None
-        else "The images carry no labels, so there is no feature space. "
+    how = {
+        "ancestral": "ancestral sampling",
+        "analytic": "posterior steps on an even grid from 1 to 0.01 and, there, the last denoising "
+        + ("to the likeliest levels" if facts.settings.get("final", "argmax") == "argmax" else "by a draw"),
+    }[facts.sampler]
+    return " ".join(
+        part
+        for part in (
+            f"{facts.num_samples:,} samples for each figure, {how}, temperature "
+            f"{facts.settings.get('temperature', 1.0):g}, seeds {', '.join(map(str, facts.seeds))}.",
+            cast(facts),
+            _space(facts),
+            f"Distances are to all {sizes['all']:,} real images, or to the {sizes['heldout']:,} held-out ones alone. "
+            "A distance falls with the number of samples, so its floor is real against real at this number: as many "
+            "real images, at most half of them, against all the others; for the held-out figures, as many training "
+            f"images against the held-out ones. Floors, and what real images score, are means of {CUTS} choices.",
+        )
+        if part
     )
+
+
+def _space(facts: Facts) -> str:
+    named, accuracy = facts.settings.get("eval_feature_extractor"), facts.results["accuracy"]
+    if named is not None:
+        return f"Features: those of the image classifier {named}."
+    if accuracy is None:
+        return "The images carry no labels, so there is no feature space."
     return (
-        f"{facts.num_samples:,} samples for each figure, ancestral sampling in float32 logits at temperature 1, "
-        f"seeds {', '.join(map(str, facts.seeds))}. {space}"
-        f"Distances are to all {sizes['all']:,} real images, or to the {sizes['heldout']:,} held-out ones alone. "
-        "Floor: real against real, two halves of all images (mean of 10 cuts); for the held-out figures, the "
-        f"{sizes['train']:,} training images against the held-out ones."
+        f"Features: the {num_features(facts.images.shape)} of a small classifier trained on the labels of the training "
+        f"images (right on {accuracy:.1%} of the held-out ones)."
     )
 
 
@@ -86,6 +105,10 @@ def model_card(facts: Facts) -> str:
         teacher_parameters=facts.teacher_parameters,
         shape=" x ".join(map(str, shape)),
         shape_tuple=", ".join(map(str, shape)),
+        layout=facts.images.layout,
+        diffusion=facts.diffusion,
+        num_steps=4 if 4 in facts.steps else facts.steps[0],
+        bounds_name=facts.bounds_name[0].upper() + facts.bounds_name[1:],
         num_states=facts.images.num_states,
         latents=latent_verdict(facts),
         folder=facts.settings.get("output_dir", "runs/digits"),
@@ -105,7 +128,7 @@ def _table(facts: Facts, figure: str) -> str:
         "| steps | " + " | ".join(map(str, facts.steps)) + " |",
         "|---|" + "---|" * len(facts.steps),
     ]
-    for model in ("teacher", "student"):
+    for model in facts.models:
         means = [number(facts.mean(model, n, figure)) for n in facts.steps]
         lines.append(f"| {model}, mean | " + " | ".join(means) + " |")
         for i, seed in enumerate(facts.seeds):

@@ -24,6 +24,7 @@ STAND_INS = {
     "#0b0b0b": "var(--series-6)",
 }
 INK, MUTED, RULE, TEACHER, STUDENT, *SERIES = STAND_INS
+MODELS = {"teacher": (TEACHER, "o"), "student": (STUDENT, "D"), "hybrid": (SERIES[2], "s"), "guided": (SERIES[3], "^")}
 FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif"
 
 WORDS = {"gain_data": "gain at the data", "gain_consistency": "gain at the samples"}
@@ -33,11 +34,13 @@ Points = Sequence[tuple[str, int, list[float]]]
 
 
 def against_steps(points: Points, floor: float | None, label: str, floor_label: str, log: bool) -> str:
-    """Both models' figure against the number of steps: the mean as a line, every seed as a dot."""
+    """Every model's figure against the number of steps: the mean as a line, every seed as a dot."""
     figure, axes = _new(5.4, 3.5)
     steps = sorted({n for _, n, _ in points})
-    for model, colour, marker in (("teacher", TEACHER, "o"), ("student", STUDENT, "D")):
+    for model, (colour, marker) in MODELS.items():
         mine = sorted((n, values) for name, n, values in points if name == model)
+        if not mine:
+            continue
         axes.plot([n for n, _ in mine], [sum(v) / len(v) for _, v in mine], color=colour, lw=2, label=model, zorder=3)
         for n, values in mine:
             axes.plot([n] * len(values), values, marker, color=colour, ms=4.5, alpha=0.75, mew=0, zorder=4)

@@ -15,9 +15,13 @@ FIGURES = {
     "frechet_features_heldout": ("Fréchet distance to the held-out images, classifier features", ""),
     "frechet_pixels": ("Fréchet distance, raw pixels", ""),
     "frechet_pixels_heldout": ("Fréchet distance to the held-out images, raw pixels", ""),
+    "label_score": ("Inception-style score by the labels' own classifier", ""),
+    "extractor_score": ("Inception-style score by the named feature extractor", ""),
     "position_entropy": ("Entropy per position", "nats"),
     "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
 }
+MODELS = ("teacher", "student", "hybrid", "guided")  # in the order of tables
+DIFFUSIONS = {"absorbing": "masked", "gaussian": "discretised Gaussian", "uniform": "uniform"}  # by --process
 MATTERS = 0.1  # nats an image below which the latents are called unused
 
 
@@ -33,6 +37,26 @@ class Facts:
     images: ImageTokens
     num_parameters: int
     teacher_parameters: int
+
+    @property
+    def diffusion(self) -> str:
+        """The diffusion in words: "masked", "discretised Gaussian" or "uniform"."""
+        return DIFFUSIONS[self.settings.get("process", "absorbing")]
+
+    @property
+    def sampler(self) -> str:
+        """How the student was sampled."""
+        return str(next(row["sampler"] for row in self.results["rows"] if row["model"] == "student"))
+
+    @property
+    def models(self) -> list[str]:
+        """Who was sampled."""
+        return [model for model in MODELS if any(row["model"] == model for row in self.results["rows"])]
+
+    @property
+    def bounds_name(self) -> str:
+        """What `bounds` are, in nats an image."""
+        return str(self.results.get("bounds_name", "likelihood bound in nats an image"))
 
     @property
     def steps(self) -> list[int]:
@@ -77,6 +101,17 @@ def number(value: float) -> str:
 
 def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def cast(facts: Facts) -> str:
+    """What the models beside teacher and student are; nothing where there are none."""
+    told = []
+    if "hybrid" in facts.models:
+        last = plural(facts.settings["hybrid"], "evaluation")
+        told.append(f"The hybrid is the student, whose last {last} the teacher takes over.")
+    if "guided" in facts.models:
+        told.append(f"Guided samples have the logits teacher + {facts.settings['guidance']:g} (student - teacher).")
+    return " ".join(told)
 
 
 def teacher_needs(facts: Facts, num_steps: int) -> str:
@@ -144,7 +179,7 @@ def summary(facts: Facts) -> str:
     head = f"{'steps':<10}" + "".join(f"{n:>9}" for n in facts.steps)
     lines = [
         f"{model:<10}" + "".join(f"{number(facts.mean(model, n, figure)):>9}" for n in facts.steps)
-        for model in ("teacher", "student")
+        for model in facts.models
     ]
     floor = facts.results["floors"].get(figure)
     title = f"{FIGURES[figure][0]} ({facts.num_samples} samples, mean of {plural(len(facts.seeds), 'seed')}"

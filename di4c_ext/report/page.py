@@ -52,8 +52,9 @@ def _lead(facts: Facts) -> str:
     shape = " x ".join(map(str, facts.images.shape))
     latents = facts.results["latents"][0]["num_latents"]
     return escape(
-        f"{facts.images.name}: images of {shape}, {facts.images.num_states} states a pixel. The teacher "
-        f"({facts.teacher_parameters:,} parameters, {facts.teacher_origin}) draws every pixel of a step independently; "
+        f"{facts.images.name}: images of {shape}, {facts.images.num_states} states a pixel, {facts.diffusion} "
+        f"diffusion. The teacher ({facts.teacher_parameters:,} parameters, {facts.teacher_origin}) draws every pixel "
+        "of a step independently; "
         f"the student ({facts.num_parameters:,}) is a mixture over a latent, trained with {plural(latents, 'latent')} "
         "an image, and draws pixels that agree with one another."
     )
@@ -84,16 +85,18 @@ def _samples(facts: Facts) -> str:
     grids = facts.results["grids"]
     shown = max(len(grid) for grid in grids.values())
     real = _image(facts.images.tokens[:shown].long(), facts, "real images")
+    columns = "" if len(facts.models) == 2 else f' style="grid-template-columns: 70px repeat({len(facts.models)}, 1fr)"'
+    heads = "".join(f'<h3 class="{model}">{model.capitalize()}</h3>' for model in facts.models)
     rows = [
         f'<div class="real"><h3>Real images</h3>{real}</div>',
-        '<div class="pair head"><span></span><h3 class="teacher">Teacher</h3><h3 class="student">Student</h3></div>',
+        f'<div class="pair head"{columns}><span></span>{heads}</div>',
     ]
     for n in facts.steps:
         count = plural(n, "step")
-        images = [_image(grids[model, n], facts, f"{model}, {count}") for model in ("teacher", "student")]
+        images = [_image(grids[model, n], facts, f"{model}, {count}") for model in facts.models]
         pair = "".join(f"<figure>{image}</figure>" for image in images)
         unit = count.split()[1]
-        rows.append(f'<div class="pair"><span class="count"><b>{n}</b> {unit}</span>{pair}</div>')
+        rows.append(f'<div class="pair"{columns}><span class="count"><b>{n}</b> {unit}</span>{pair}</div>')
     return "".join(rows)
 
 
@@ -103,7 +106,7 @@ def _quality(facts: Facts) -> str:
         if figure.endswith("_heldout"):
             continue
         title, unit = FIGURES[figure]
-        points = [(m, n, facts.values(m, n, figure)) for m in ("teacher", "student") for n in facts.steps]
+        points = [(m, n, facts.values(m, n, figure)) for m in facts.models for n in facts.steps]
         distance = figure.startswith("frechet")
         svg = charts.against_steps(
             points,
@@ -113,6 +116,8 @@ def _quality(facts: Facts) -> str:
             log=distance,
         )
         better = "lower is better" if distance else "closest to the dashed line is best"
+        if figure.endswith("_score"):
+            better = "higher is better, as far as the dashed line"
         drawn.append(f'<figure class="chart">{svg}<figcaption>{escape(title)}: {better}</figcaption></figure>')
     return "".join(drawn)
 
@@ -140,7 +145,7 @@ def _table(facts: Facts, figure: str) -> str:
     floor = facts.results["floors"].get(figure)
     head = "".join(f"<th>{n}</th>" for n in facts.steps)
     body = ""
-    for model in ("teacher", "student"):
+    for model in facts.models:
         cells = ""
         for n in facts.steps:
             values = facts.values(model, n, figure)
@@ -167,10 +172,12 @@ def _latent_table(facts: Facts) -> str:
         for row in facts.results["latents"]
     )
     count = plural(int(facts.results["latents"][0]["num_images"]), "held-out image")
+    is_masked = facts.diffusion == "masked"
+    noised, start = ("masked", "every pixel is masked") if is_masked else ("noised", "all is noise")
     return (
         "<table><thead><tr><th>t</th><th>correlation</th><th>a latent about single pixels</th>"
-        f"<th>masked pixels, bound</th></tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="note">Nats an image, means over {count}; at t = 1 every pixel is masked. Correlation is the '
+        f"<th>{noised} pixels, bound</th></tr></thead><tbody>{rows}</tbody></table>"
+        f'<p class="note">Nats an image, means over {count}; at t = 1 {start}. Correlation is the '
         "log-likelihood of the mixture above that of the product of its own marginals.</p>"
     )
 
@@ -185,20 +192,20 @@ def _training(facts: Facts) -> str:
         known = [name for name in DIAGNOSTICS if any(name in line for line in student)]
         drawn.append((charts.over_time(student, known, "nats an image, higher: more"), LEARNED))
     if len(teacher) > 1:
-        svg = charts.over_time(teacher, ["nats_per_image"], "likelihood bound, nats an image")
-        drawn.append((svg, "The teacher's likelihood bound on its training batches"))
+        svg = charts.over_time(teacher, ["nats_per_image"], "nats an image")
+        drawn.append((svg, f"The teacher on its training batches: {facts.bounds_name}"))
     return "".join(
         f'<figure class="chart">{svg}<figcaption>{escape(text)}</figcaption></figure>' for svg, text in drawn
     )
 
 
 def _bounds(facts: Facts) -> str:
-    bounds, sizes = facts.results["bounds"], facts.results["sizes"]
+    bounds, counts = facts.results["bounds"], facts.results["num_bounds"]
     gap = bounds["heldout"] - bounds["train"]
     return (
-        f"The teacher's likelihood bound is <b>{bounds['train']:.1f}</b> nats an image on the {sizes['train']:,} "
-        f"training images and <b>{bounds['heldout']:.1f}</b> on the {sizes['heldout']:,} held-out ones; "
-        f"the difference, {gap:.1f}, is what it learned by heart."
+        f"The teacher's {escape(facts.bounds_name)}: <b>{bounds['train']:.1f}</b> on {counts['train']:,} training "
+        f"images and <b>{bounds['heldout']:.1f}</b> on {counts['heldout']:,} held-out ones; the difference, {gap:.1f}, "
+        "is what it learned by heart."
     )
 
 

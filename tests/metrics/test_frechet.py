@@ -62,3 +62,25 @@ def test_refuses_what_has_no_distance() -> None:
         Moments(x).update(x[:, :2])
     with pytest.raises(ValueError, match="NaN or infinity"):
         Moments(torch.full((3, 2), torch.nan))
+
+
+def test_without_a_part_is_the_rest() -> None:
+    x = _features(400, 6, 7) + 10
+    whole, part, rest = Moments(x), Moments(x[:150]), Moments(x[150:])
+    left = whole.without(part)
+    assert left.n == 250
+    torch.testing.assert_close(left.mean, rest.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(left.covariance, rest.covariance, rtol=1e-10, atol=1e-10)
+    same = whole.without(Moments())
+    assert same.n == 400 and torch.equal(same.covariance, whole.covariance)
+    with pytest.raises(ValueError, match="400 vectors cannot be part of these 150"):
+        part.without(whole)
+
+
+def test_the_root_follows_what_is_added() -> None:
+    x = _features(100, 3, 8)
+    moments = Moments(x[:50])
+    first = moments.root
+    torch.testing.assert_close(first @ first, moments.covariance)
+    moments.update(x[50:])
+    torch.testing.assert_close(moments.root @ moments.root, torch.cov(x.T))

@@ -1,23 +1,16 @@
 """The table of python/digits.py: what it promises and what it prints, from made-up figures."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from programs import program
 
-PROGRAM = Path(__file__).parents[2] / "python" / "digits.py"
-if not PROGRAM.is_file():
-    pytest.skip("the programs of the checkout are not here", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("digits_program", PROGRAM)
-digits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(digits)
+digits = program("digits")
 
 TEACHER = (50.0, 30.0, 15.0, 8.0, 4.0, 2.0)
 
 
 def measured(student: tuple[float, ...]) -> dict:
     rows = [
-        {"model": model, "num_steps": n, "frechet_features": value, "frechet_pixels": value / 100}
+        {"model": model, "num_steps": n, "seed": 0, "frechet_features": value, "frechet_pixels": value / 100}
         for model, values in (("teacher", TEACHER), ("student", student))
         for n, value in zip(digits.STEPS, values, strict=True)
     ]

@@ -1,0 +1,163 @@
+"""The pixel system: a discretised Gaussian teacher, its few-step student, and both together, by number of steps.
+
+    python python/pixels.py                  # Fashion-MNIST in 32 levels, within an hour on two CPU cores
+    python python/pixels.py --scale paper --dataset_name cifar-10-batches-py --eval_feature_extractor NAME
+                                             # the published setting: CIFAR-10, 50,000 samples, days on a GPU
+
+Each seed trains a teacher and its student with `di4c_ext.distill` (its preset `pixels_small`, or `pixels`) and samples
+the teacher, the student and their hybrid, whose last evaluations are the teacher's, at several numbers of network
+evaluations. A run that was stopped is gone on with. Flags it does not know go to di4c_ext.distill; a published teacher,
+converted by `di4c_ext.convert`, is named by --teacher_model_name_or_path. The published scale measures distances in a
+feature space that you name, an image classifier of transformers, since a small one says little about CIFAR-10.
+
+Into python/results/ go the table (pixels.md), every figure (pixels.json) and a picture (pixels.png: samples of the
+first seed, curves of all); the published scale writes pixels-paper.*. Exit code 1 if a seed misses what the method
+promises: the student at 10 evaluations below the teacher at 10 by a tenth, and at most a tenth above it at 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import recipes
+from recipes import Measured, Seeds
+
+MODELS = ("teacher", "student", "hybrid")
+FIGURES = {
+    recipes.FIGURE: "Fréchet distance, features of a classifier",
+    "label_score": "Inception-style score by the labels' own classifier",
+    "extractor_score": "Inception-style score by the named feature extractor",
+    "frechet_pixels": "Fréchet distance, raw pixels",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A setting of the recipe: the preset it trains by, and how it measures."""
+
+    name: str
+    preset: str
+    steps: tuple[int, ...]  # network evaluations
+    shown: tuple[int, ...]  # those whose samples are in the picture
+    hybrid: int  # the teacher's last evaluations in a hybrid
+    num_samples: int
+
+
+# Small: 75 evaluations of 1,000 images for each of three models are 7.5 minutes at 500 images a second.
+SCALES = {
+    "small": Scale("pixels", "pixels_small", (5, 10, 20, 40), (5, 10, 20), 2, 1000),
+    "paper": Scale("pixels-paper", "pixels", (10, 20, 40), (10, 20, 40), 5, 50_000),
+}
+
+
+def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """The flags of one seed's run; a run that `output` holds is gone on with."""
+    argv = ["--preset", scale.preset, "--seed", str(seed), "--teacher_seed", str(seed)]
+    argv += ["--eval_num_steps", *map(str, scale.steps), "--hybrid", str(scale.hybrid)]
+    argv += ["--eval_seeds", *map(str, args.sampling_seeds)]
+    argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
+    if args.eval_feature_extractor is not None:
+        argv += ["--eval_feature_extractor", args.eval_feature_extractor]
+    return [*argv, *(["--resume"] if (output / "distill_config.yaml").is_file() else []), *flags]
+
+
+def promises(measured: Measured) -> dict[str, bool]:
+    """What the student must do, in words, and whether this seed's does."""
+    teacher, student = (recipes.distances(measured, model) for model in ("teacher", "student"))
+    return {
+        "student at 10 <= 0.9 x teacher at 10": student[10] <= 0.9 * teacher[10],
+        "student at 10 <= 1.1 x teacher at 20": student[10] <= 1.1 * teacher[20],
+    }
+
+
+def report(scale: Scale, seeds: Seeds) -> str:
+    """The results as Markdown."""
+    first = next(iter(seeds.values()))
+    rows, floors = first["rows"], first["floors"]
+    count, drawn = rows[0]["num_samples"], len({row["seed"] for row in rows})
+    lines = [
+        "# Pixels: teacher, student and hybrid by number of network evaluations",
+        "",
+        f"Preset `{scale.preset}`. {count:,} samples for each figure"
+        + (f", means of {drawn} sampling seeds" if drawn > 1 else "")
+        + f". In the hybrid the last {scale.hybrid} evaluations are the teacher's. Distances of finite samples depend "
+        "on their number, so the real images' values beside each table are those of as many real images, against all "
+        "the others.",
+        "",
+    ]
+    for figure, name in FIGURES.items():
+        if figure in floors:
+            lines += [f"{name}; real images: {floors[figure]:.2f}", ""]
+            lines += [*recipes.table(seeds, MODELS, scale.steps, figure), ""]
+    if first["accuracy"] is not None:
+        right = f"is right on {first['accuracy']:.1%} of the held-out ones"
+        lines += [f"The classifier, trained on the labels of the training images, {right}.", ""]
+    lines += [*recipes.kept_table(seeds, promises), "", *recipes.bounds_table(seeds), ""]
+    lines += [f"Of the teacher: {first['bounds_name']}, on training and held-out images.", ""]
+    for seed, measured in seeds.items():
+        spent = ", ".join(f"{phase} {seconds / 60:.1f}" for phase, seconds in measured["seconds"].items())
+        lines.append(f"Minutes of seed {seed}: {spent}.")
+    return "\n".join(lines) + "\n"
+
+
+def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
+    """Samples of teacher and student beside the three curves; `samples` is a run's folder of PNGs."""
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(13, 5.2), layout="constrained")
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1.75, 1.25))
+    recipes.samples_panel(panels[0], samples, scale.shown, part=0.5)
+    recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, _ticks(seeds, scale))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _ticks(seeds: Seeds, scale: Scale) -> list[float]:
+    """1, 2 and 5 times powers of ten, from about the lowest value to about the highest."""
+    values = [
+        recipes.distances(measured, model)[n] for measured in seeds.values() for model in MODELS for n in scale.steps
+    ]
+    floors = [measured["floors"][recipes.FIGURE] for measured in seeds.values()]
+    low, high = min([*values, *floors]), max(values)
+    return [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5) if 0.8 * low <= m * 10.0**e <= 1.2 * high]
+
+
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This program's own flags, and those for di4c_ext.distill."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(SCALES), default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
+    parser.add_argument("--sampling_seeds", type=int, nargs="+", default=[0], help="each adds 7 minutes at scale small")
+    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
+    parser.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
+    parser.add_argument("--runs", type=Path, help="folder of the runs, one a seed; default: runs/pixels[-paper]-seeds")
+    parser.add_argument("--results", type=Path, default=recipes.RESULTS, help="folder of the table and the picture")
+    args, flags = parser.parse_known_args(argv)
+    if args.scale == "paper" and args.eval_feature_extractor is None:
+        parser.error("--scale paper: name the feature space by --eval_feature_extractor, a folder or name")
+    args.runs = args.runs or Path(f"runs/{SCALES[args.scale].name}-seeds")
+    return args, flags
+
+
+def main(argv: Sequence[str]) -> int:
+    args, flags = parsed(argv)
+    scale = SCALES[args.scale]
+    folders = {seed: args.runs / f"seed-{seed}" for seed in sorted(args.seeds)}
+    seeds = {
+        seed: recipes.train_and_measure(seed, output, flags_of(scale, seed, output, args, flags))
+        for seed, output in folders.items()
+    }
+    text = report(scale, seeds)
+    recipes.save(scale.name, text, seeds, args.results)
+    picture(scale, seeds, folders[min(seeds)] / "samples", args.results / f"{scale.name}.png")
+    print(text)
+    return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

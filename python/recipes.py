@@ -1,0 +1,109 @@
+"""What the recipes share: a run of di4c_ext.distill for each seed, and what is made of the figures it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FIGURE = "frechet_features"
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"teacher": "#b5651d", "student": "#1f5fbf", "hybrid": "#2b8a78"}
+
+Measured = dict[str, Any]  # what a run wrote as evaluation.json
+Seeds = dict[int, Measured]
+
+
+def train_and_measure(seed: int, output: Path, flags: Sequence[str]) -> Measured:
+    """One run of di4c_ext.distill into `output`, and the figures it wrote."""
+    from di4c_ext import distill
+
+    if distill.main(["--output_dir", str(output), *flags]) != 0:
+        raise SystemExit(f"seed {seed}: stopped before its end; run again")
+    measured: Measured = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def distances(measured: Measured, model: str, figure: str = FIGURE) -> dict[int, float]:
+    """Steps -> a figure of one training seed's model, the mean over its sampling seeds."""
+    found: dict[int, list[float]] = {}
+    for row in measured["rows"]:
+        if row["model"] == model:
+            found.setdefault(row["num_steps"], []).append(row[figure])
+    return {n: mean(values) for n, values in found.items()}
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(seeds: Seeds, models: Sequence[str], steps: Sequence[int], figure: str) -> list[str]:
+    """Markdown rows: each seed's models, then the means."""
+    lines = ["| seed | model | " + " | ".join(map(str, steps)) + " |", "|---" * (len(steps) + 2) + "|"]
+    found = {(seed, model): distances(seeds[seed], model, figure) for seed in seeds for model in models}
+    for (seed, model), row in found.items():
+        lines.append(f"| {seed} | {model} | " + " | ".join(f"{row[n]:.2f}" for n in steps) + " |")
+    if len(seeds) > 1:
+        for model in models:
+            means = [mean([found[seed, model][n] for seed in seeds]) for n in steps]
+            lines.append(f"| mean | **{model}** | " + " | ".join(f"**{value:.2f}**" for value in means) + " |")
+    return lines
+
+
+def kept_table(seeds: Seeds, promises: Callable[[Measured], dict[str, bool]]) -> list[str]:
+    """Markdown rows: what each seed promised, and whether it kept it."""
+    lines = ["| seed | promise | kept |", "|---|---|---|"]
+    for seed, measured in seeds.items():
+        lines += [f"| {seed} | {words} | {'yes' if kept else 'NO'} |" for words, kept in promises(measured).items()]
+    return lines
+
+
+def bounds_table(seeds: Seeds) -> list[str]:
+    """Markdown rows: what each seed's teacher knows of training and of held-out images."""
+    names = list(next(iter(seeds.values()))["bounds"])
+    lines = ["| seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for seed, measured in seeds.items():
+        lines.append(f"| {seed} | " + " | ".join(f"{value:.1f}" for value in measured["bounds"].values()) + " |")
+    return lines
+
+
+def curves(ax: Any, seeds: Seeds, models: Sequence[str], steps: Sequence[int], ticks: Sequence[float]) -> None:
+    """The distance of every model against the number of steps, with every seed's values and the floor."""
+    for model in models:
+        colour = COLOURS[model]
+        rows = [distances(measured, model) for measured in seeds.values()]
+        ax.plot(steps, [mean([row[n] for row in rows]) for n in steps], color=colour, lw=2, label=model)
+        for row in rows:
+            ax.plot(steps, [row[n] for n in steps], "o", color=colour, ms=4, alpha=0.6)
+    ax.axhline(next(iter(seeds.values()))["floors"][FIGURE], color="gray", ls="--", lw=1, label="real against real")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(steps, [str(n) for n in steps])
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="sampling steps", ylabel="Fréchet distance, classifier features")
+    ax.legend(frameon=False)
+
+
+def samples_panel(panel: Any, folder: Path, steps: Sequence[int], part: float = 1.0) -> None:
+    """Teacher above student at few steps; `folder` holds a run's PNGs, of which the first `part` of each side shows."""
+    from matplotlib import pyplot as plt
+
+    axes = panel.subplots(2, len(steps))
+    for i, model in enumerate(("teacher", "student")):
+        for n, ax in zip(steps, axes[i], strict=True):
+            pixels = plt.imread(folder / f"{model}-{n:03d}steps.png")
+            height, width = (round(side * part) for side in pixels.shape[:2])
+            ax.imshow(pixels[:height, :width], cmap="gray", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            if i == 0:
+                ax.set_title(f"{n} step{'s' if n > 1 else ''}")
+        axes[i, 0].set_ylabel(model, color=COLOURS[model], fontsize=13, fontweight="bold")
+
+
+def save(name: str, text: str, seeds: Seeds, results: Path) -> None:
+    """Writes NAME.md and NAME.json."""
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.md").write_text(text, encoding="utf-8")
+    (results / f"{name}.json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,21 @@
+"""The programs of the checkout as modules; a module of tests is skipped where they are not at hand."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "python"
+
+
+def program(name: str) -> Any:
+    """python/NAME.py."""
+    if not (FOLDER / f"{name}.py").is_file():
+        pytest.skip("the programs of the checkout are not here", allow_module_level=True)
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return importlib.import_module(name)
