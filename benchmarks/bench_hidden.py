@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import plain
 import pytest
 import torch
-from measuring import nbytes, shape_name
+from measuring import free_memory, nbytes, shape_name
 from torch import Tensor
 
 from di4c_ext import ops, random
@@ -105,7 +104,7 @@ def _step(way: str, i: Inputs, with_target: bool) -> Callable[[], tuple[Tensor, 
 def test_objective(meter, device, shape, dtype, with_target, way):
     group = f"objective from hidden{' with target' if with_target else ''} {shape_name(*shape)} {str(dtype)[6:]}"
     B, L, D, _, S = shape
-    if way.startswith("torch") and _free(device) < LOGITS_OF_PLAIN * B * L * D * S * 4:
+    if way.startswith("torch") and free_memory(device) < LOGITS_OF_PLAIN * B * L * D * S * 4:
         meter.absent(group, way, "memory")
     i = _inputs(shape, dtype, device)
     promised = way == "di4c" and shape == FULL and not with_target
@@ -154,11 +153,3 @@ def test_sample(meter, device, way):
 
     with torch.no_grad():
         meter(f"sample from hidden {shape_name(*DAILY)}", way, run, graph=False)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and under nine minutes on an H100: build for its architecture, the tests on the
-# device, the sanitizers, every benchmark, the default distillation, a profile of the kernels.
+# device, the sanitizers, every benchmark, the default distillation, a step of the published pixel system, a profile of
+# the kernels.
 #
 #     bash benchmarks/gpu.sh                    every part that is not done yet, in order
 #     bash benchmarks/gpu.sh build step         these parts, done or not
@@ -26,7 +27,7 @@ for file in benchmarks/bench_*.py; do
     file=${file#benchmarks/bench_}
     PARTS+=("${file%.py}")
 done
-PARTS+=(digits profile)
+PARTS+=(digits pixels_step profile)
 mkdir -p "$OUT" "$WORK"
 export PYTHON WORK
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
@@ -109,6 +110,11 @@ digits() {
     "$PYTHON" -m di4c_ext.distill --output_dir "$WORK/digits" --overwrite_output_dir
 }
 
+# Of the published size, real networks and all; fails where it takes 12 GiB or more.
+pixels_step() {
+    "$PYTHON" benchmarks/pixels_step.py
+}
+
 # Bytes through DRAM, time, registers and occupancy of every kernel of ours, to hold against the floor and the plan.
 profile() {
     local shape
@@ -160,7 +166,7 @@ run() { # name: 0 where it passed
     fi
     rm -f "$WORK/$name.done"
     case $name in
-        check | build | tests | memcheck | racecheck | digits | profile) set -- "$name" ;;
+        check | build | tests | memcheck | racecheck | digits | pixels_step | profile) set -- "$name" ;;
         *) set -- benchmark "$name" ;;
     esac
     timeout --kill-after=10 "$limit" bash -u -o pipefail -c '"$@"' gpu.sh "$@" >"$WORK/$name.log" 2>&1
@@ -177,7 +183,7 @@ run() { # name: 0 where it passed
     return "$code"
 }
 
-export -f check build has_kernels tests memcheck racecheck digits profile benchmark
+export -f check build has_kernels tests memcheck racecheck digits pixels_step profile benchmark
 for name in "$@"; do
     [[ " ${PARTS[*]} list " == *" $name "* ]] ||
         { echo "gpu.sh: unknown part '$name'; the parts are ${PARTS[*]}" >&2; exit 64; }

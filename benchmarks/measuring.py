@@ -186,6 +186,14 @@ def _status(field: str) -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the elements of all these tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -18,6 +18,7 @@ from di4c_ext import ops, random
 
 # Warps on a row, blocks on a row, split rows; odd sizes, so that rows begin at any alignment.
 SMALL = [(2, 3, 5, states) for states in (1, 17, 255, 1025, 4099, 50258)]
+TABLES = 4099  # states up to which tables of S x S are made
 PROFILED = (torch.float32,)
 CLOSE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 
@@ -55,6 +56,14 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Call]:
             ops.absorbing_step(teacher.to(device), x_t.to(device), keys.to(device), unmask_prob=0.5, mask_id=S, draws=3)
         ],
     )
+    if S <= TABLES:
+        left, right = torch.rand(2, S, S, generator=g, dtype=torch.float64).unbind()
+        yield (
+            "sample_product",
+            lambda device: [
+                ops.sample_product(*(tensor.to(device) for tensor in (left, right, data, samples, keys)), base=None)
+            ],
+        )
     yield "random_bits", lambda device: [ops.random_bits(keys.to(device), 100, stream_word=0)]
     yield "mixture_log_prob", gradient(lambda x, s, w: list(ops.mixture_log_prob(x, s, w)), samples, weight)
     yield "mixture_kl", gradient(lambda x, t, w: [ops.mixture_kl(t, x, w)], teacher, weight)
