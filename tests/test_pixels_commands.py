@@ -219,6 +219,7 @@ def test_refusals_before_anything_is_written(images: Path, finished: Path, tmp_p
     CompactDenoiser(CompactConfig(num_states=8, hidden_size=8, num_blocks=1)).save_pretrained(compact)
     named = "teacher_model_name_or_path"
     no_config = {"process_config": {}}
+    bare = no_config | {"student_model_config": {}}  # what the preset says is the U-Net's
     for change, message in (
         ({named: saved("small", image_size=4)}, "has D = 16 positions, an image of 'tiny' has 64 (8 x 8)"),
         ({named: saved("wide", image_size=[4, 16])}, "is for images of 4 x 16, those of 'tiny' are 8 x 8"),
@@ -229,7 +230,7 @@ def test_refusals_before_anything_is_written(images: Path, finished: Path, tmp_p
         ({named: finished}, "holds a student, a teacher is wanted"),
         ({named: compact}, "was trained for AbsorbingProcess(num_states=8"),
         ({named: compact}, "this run is for --process gaussian; give --process absorbing"),
-        ({named: tmp_path / "fine", "process": "absorbing", **no_config}, "give --process gaussian"),
+        ({named: tmp_path / "fine", "process": "absorbing", **bare}, "give --process gaussian"),
         ({named: tmp_path / "fine", "process": "uniform", **no_config}, "this run is for --process uniform"),
         ({named: tmp_path / "fine", "process_config": {"time_base": 3}}, "this run asks for time_base = 3"),
         ({"process_config": {"time_bas": 3}}, "unknown setting 'time_bas'; did you mean 'time_base'?"),
@@ -239,7 +240,7 @@ def test_refusals_before_anything_is_written(images: Path, finished: Path, tmp_p
         ({"process": "absorbing"}, "absorbing diffusion has only a --schedule"),
         ({"schedule": "cosine"}, "--schedule cosine: is for --process absorbing, this is gaussian"),
         ({"process": "uniform", "schedule": "cosine", **no_config}, '--process_config \'{"schedule": "cosine"}\''),
-        ({"process": "absorbing", "teacher_time_min": 0.1, "teacher_model_config": {}, **no_config}, "--time_min 0.1"),
+        ({"process": "absorbing", "teacher_time_min": 0.1, "teacher_model_config": {}, **bare}, "--time_min 0.1"),
         ({"teacher_time_min": 1}, "--time_min 1.0: must lie in [0, 1)"),
         ({"teacher_model_config": {"hidden_size": 8}}, "unknown setting 'hidden_size'"),
         ({"teacher_model_config": {"image_size": 8}}, "'image_size' follows from other settings"),
