@@ -29,7 +29,7 @@ def _logits(shape, dtype, device):
 
 def _log_sum_exp(x):
     """The mixture op with nothing asked of it but the log-sum-exp of every row."""
-    return torch.ops.di4c.mixture(x[:, None], None, None, None, None, None, None, False)
+    return torch.ops.di4c.mixture(x[:, None], None, None, None, None, None, None, None, False)
 
 
 def _call(by, x, keys, device):

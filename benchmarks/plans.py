@@ -143,6 +143,7 @@ def mixture(shape: tuple[int, ...], dtype: str, *, tokens: bool, teacher: bool, 
     numbers: dict[str, float] = {"B": B, "L": L, "D": D, "S": S, "K": K, "T": T, "information": 0}
     for name, rows in (("logits", L), ("teacher", 1), ("target", L)):
         numbers |= strides(name, dtype, rows, D, S)
+    numbers |= {"tokens_stride_b": K * D, "tokens_stride_k": D, "tokens_stride_d": 1}
     inputs = ("logits", *given, *(("tokens",) if tokens else ()))
     values = ("joint", "correlation")
     kept = ("lse", "lse_teacher", "lse_target", "share", "pull")

@@ -1,6 +1,7 @@
 // di4c_ext._C: the kernels of api.h with integers and floats in and nothing out. Every argument is passed by keyword
 // and named as the struct's field; a pointer is an int (0 for null); a Logits field x comes as x, x_dtype, x_stride_b,
-// x_stride_l, x_stride_d. All checking of shapes and dtypes is done by di4c_ext/ops.
+// x_stride_l, x_stride_d, a Sequences field as x, x_stride_b, x_stride_k, x_stride_d. All checking of shapes and dtypes
+// is done by di4c_ext/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,6 +45,12 @@ class Fields {
     (*this)((name + "_stride_l").c_str(), x.stride_l);
     (*this)((name + "_stride_d").c_str(), x.stride_d);
   }
+  void operator()(const std::string& name, Sequences& x) {
+    (*this)(name.c_str(), x.data);
+    (*this)((name + "_stride_b").c_str(), x.stride_b);
+    (*this)((name + "_stride_k").c_str(), x.stride_k);
+    (*this)((name + "_stride_d").c_str(), x.stride_d);
+  }
 
   void done() const {
     if (taken_ != given_.size()) throw py::type_error("unknown keyword among: " + py::str(given_).cast<std::string>());
@@ -81,14 +88,14 @@ void fill(Fields& f, RevealArgs& a) {
 }
 
 void fill(Fields& f, MixtureArgs& a) {
-  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
+  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(first), FIELD(tokens), FIELD(inside), FIELD(weight);
   FIELD(joint), FIELD(correlation), FIELD(parts), FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share);
   FIELD(pull), FIELD(work), FIELD(row);
   FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K), FIELD(T), FIELD(information);
 }
 
 void fill(Fields& f, MixtureBackwardArgs& a) {
-  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(tokens), FIELD(inside), FIELD(weight);
+  FIELD(logits), FIELD(teacher), FIELD(target), FIELD(first), FIELD(tokens), FIELD(inside), FIELD(weight);
   FIELD(joint), FIELD(correlation), FIELD(lse), FIELD(lse_teacher), FIELD(lse_target), FIELD(share), FIELD(pull);
   FIELD(grad_joint), FIELD(grad_correlation), FIELD(grad_parts), FIELD(grad);
   FIELD(B), FIELD(L), FIELD(D), FIELD(S), FIELD(K), FIELD(T);

@@ -84,7 +84,7 @@ struct ShortBackward {
     for (int64_t i = 0; i < S * wide; ++i) by_state[i] = 0;
     for (int64_t s = 0; s < S; ++s) named[s] = 0;
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t token = args.tokens[(b * K + k) * args.D + d];
+      const int64_t token = token_of(args, b, k, d);
       const bool outside = token < 0 || token >= S;  // such a sample is NaN already
       if (!outside && logits.sum[token] == 0) continue;
       float* to = by_state + (outside ? 0 : token) * wide;

@@ -93,7 +93,7 @@ struct ShortForward {
       for (int64_t l = 0; l < logits.wide; l += W / 2) store(to + l, lme == none ? f64{} : w * (load(from + l) - lme));
     }
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t token = args.tokens[(b * K + k) * args.D + d];
+      const int64_t token = token_of(args, b, k, d);
       double* to = total + k * logits.wide;
       if (token < 0 || token >= S) {
         marginal[k] = to[0] = __builtin_nan("");

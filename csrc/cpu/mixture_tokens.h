@@ -17,11 +17,11 @@ struct Tokens {
       : K(count), Kp(pad(count)), token(arena.take<int64_t>(Kp)), outside(arena.take<bool>(Kp)),
         x(arena.take<float>(L * Kp)) {}
 
-  // The tokens at position d, which lie D apart in memory: read once for all rows.
+  // The tokens at position d, which lie apart in memory: read once for all rows.
   template <typename Args>
   void find(const Args& args, int64_t b, int64_t d) const {
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t found = args.tokens[(b * K + k) * args.D + d];
+      const int64_t found = token_of(args, b, k, d);
       outside[k] = found < 0 || found >= args.S;
       token[k] = outside[k] ? 0 : found;
     }

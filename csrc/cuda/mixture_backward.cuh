@@ -77,7 +77,6 @@ struct PositionGradient {
   }
 
   __device__ __forceinline__ bool tabled() const { return p.K <= tokens_kept; }
-  __device__ __forceinline__ int64_t token_of(int64_t k) const { return p.tokens[(b * p.K + k) * p.D + d]; }
 
   // Of value n = (b, k); one of -inf has none.
   __device__ __forceinline__ float joint_gradient(int64_t n) const {
@@ -207,7 +206,7 @@ struct PositionGradient {
   __device__ __forceinline__ void load_tokens(const Cut<kDType>& cut, int64_t k0, int count) const {
     TokenTable& table = shared.table;
     for (int k = team.rank; k < count; k += team.size) {
-      const int64_t token = token_of(k0 + k), n = b * p.K + k0 + k;
+      const int64_t token = token_of(p, b, k0 + k, d), n = b * p.K + k0 + k;
       const float own = own_gradient(n), joint = joint_gradient(n);
       table.token[token0 + k] = is_state(token, p.S) ? token : -1;
       table.joint[token0 + k] = w * (joint + own);
@@ -317,7 +316,7 @@ struct PositionGradient {
     }
     if (tabled()) return;
     for (int64_t k = 0; k < p.K; ++k) {  // more than the table holds: looked for one by one
-      const int64_t at = token_of(k) - s, n = b * p.K + k;
+      const int64_t at = token_of(p, b, k, d) - s, n = b * p.K + k;
       if (at < 0 || at >= kN) continue;
       const float joint = w * (joint_gradient(n) + own_gradient(n)), own = w * own_gradient(n);
 #pragma unroll

@@ -73,14 +73,14 @@ __device__ __forceinline__ void sequences_of_block(const MixtureArgs& p, int64_t
         const int64_t d = d0 + i;
         if (d >= end || lane >= p.L || weight_at(p.weight, b, p.D, d) == 0.0f) continue;
         const Components<kDType> logits(p.logits, p.lse, p.B, p.L, p.D, p.S, b, d);
-        a[i] = exact_log_prob(logits, lane, p.tokens[(b * p.K + k) * p.D + d]);
+        a[i] = exact_log_prob(logits, lane, token_of(p, b, k, d));
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int64_t d = d0 + i;
         const float w = d < end ? weight_at(p.weight, b, p.D, d) : 0.0f;
         if (w == 0.0f) continue;  // for the whole warp
-        const int64_t token = p.tokens[(b * p.K + k) * p.D + d];
+        const int64_t token = token_of(p, b, k, d);
         const Components<kDType> logits(p.logits, p.lse, p.B, p.L, p.D, p.S, b, d);
         const auto log_prob = [&](int64_t l) { return l < kWarp ? a[i] : exact_log_prob(logits, l, token); };
         const Norm all = over_components(p.L, lane, lanes, log_prob);

@@ -54,7 +54,7 @@ def mixture_log_prob_from_hidden(
     x = operands.mixture(op, logits)
     checks.sequences(op, "tokens", tokens, x)
     w = checks.weight(op, weight, x)
-    joint, correlation, *_ = _call(op, x, None, None, tokens, None, w, False, chunk_bytes, keep_bytes)
+    joint, correlation, *_ = _call(op, x, None, None, None, tokens, None, w, False, chunk_bytes, keep_bytes)
     return joint, correlation
 
 
@@ -74,7 +74,7 @@ def mixture_kl_from_hidden(
     x = operands.mixture(op, logits)
     y = operands.target(op, target, x)
     w = checks.weight(op, weight, x)
-    return _call(op, x, None, y, None, None, w, False, chunk_bytes, keep_bytes)[2][MARGINAL_TARGET]
+    return _call(op, x, None, y, None, None, None, w, False, chunk_bytes, keep_bytes)[2][MARGINAL_TARGET]
 
 
 def mixture_objective_from_hidden(
@@ -105,8 +105,8 @@ def mixture_objective_from_hidden(
     if samples is not None:
         checks.sequences(op, "samples", samples, x)
     w, within = checks.weight(op, weight, x), checks.inside(op, inside, x)
-    tokens = operands.stacked(data, samples)
-    joint, correlation, parts, *_ = _call(op, x, t, y, tokens, within, w, information, chunk_bytes, keep_bytes)
+    settings = information, chunk_bytes, keep_bytes
+    joint, correlation, parts, *_ = _call(op, x, t, y, data, samples, within, w, *settings)
     return mixture_op.objective_of(joint, correlation, parts, data is not None)
 
 
@@ -164,6 +164,7 @@ def _call(
     logits: Logits,
     teacher: Logits | None,
     target: Logits | None,
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
@@ -185,7 +186,7 @@ def _call(
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:3])
     keep = keep_bytes if needs_gradient else 0
     return torch.ops.di4c.mixture_hidden(
-        *tensors[:3], *constants, tokens, inside, weight, information, chunk_bytes, keep
+        *tensors[:3], *constants, first, tokens, inside, weight, information, chunk_bytes, keep
     )
 
 

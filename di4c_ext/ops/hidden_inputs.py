@@ -9,7 +9,7 @@ from torch import Tensor
 
 from di4c_ext.ops import native, pieces
 from di4c_ext.ops.logits import Hidden
-from di4c_ext.ops.mixture_op import Sizes
+from di4c_ext.ops.mixture_op import Sizes, count_sequences
 from di4c_ext.ops.pieces import Buffer, Piece, Rows
 
 
@@ -25,6 +25,7 @@ class Inputs(NamedTuple):
     target: Tensor | None
     target_weight: Tensor | None
     target_bias: Tensor | None
+    first: Tensor | None
     tokens: Tensor | None
     inside: Tensor | None
     weight: Tensor | None
@@ -64,8 +65,8 @@ class Pass:
 
     def sizes(self, b: int, d: int, target: Rows | None) -> Sizes:
         _, L, _, S = self.x.shape
-        tokens = self.given.tokens
-        return Sizes(b, L, d, S, 0 if tokens is None else tokens.shape[1], 0 if target is None else target.shape[1])
+        sequences = count_sequences(self.given.first, self.given.tokens)
+        return Sizes(b, L, d, S, sequences, 0 if target is None else target.shape[1])
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor | None, Tensor | None]]:
         """Each piece, its place (b L c, S) among the logits kept and (b c, S) among the targets kept, if it has one."""
@@ -84,10 +85,11 @@ class Pass:
         """(b, T, c, S) of the piece, where it is looked at."""
         return None if piece.inside else pieces.logits_of(self._target, piece, self._buffers[1])
 
-    def positions(self, piece: Piece) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The piece's tokens (b, K, c), inside (b,) and weight (b, c)."""
-        tokens, inside, weight = self.given.tokens, self.given.inside, self.cut.weight
+    def positions(self, piece: Piece) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The piece's first tokens (b, c) and other ones (b, K, c), inside (b,) and weight (b, c)."""
+        first, tokens, inside, weight = self.given.first, self.given.tokens, self.given.inside, self.cut.weight
         return (
+            None if first is None else piece.take(first[:, None]).squeeze(1),
             None if tokens is None else piece.take(tokens),
             None if inside is None else inside[piece.samples],
             None if weight is None else weight[piece.samples, piece.start : piece.stop],

@@ -29,16 +29,17 @@ from di4c_ext.ops.pieces import Buffer, Gradients
 
 
 def _mixture_hidden(*arguments: Any) -> tuple[Tensor, ...]:
-    given, (information, chunk_bytes, _) = Inputs(*arguments[:12]), arguments[12:]
+    given, (information, chunk_bytes, _) = Inputs(*arguments[:13]), arguments[13:]
     *out, kept, kept_target = _fake(*arguments)
-    mixture_op.check_values(kept.shape[1], given.teacher, given.tokens, given.weight)
+    mixture_op.check_values(kept.shape[1], given.teacher, given.first, given.tokens, given.weight)
     run = given.kernels()
     with torch.autocast(given.logits.device.type, enabled=False):
         if run is not None:
             _forward(run, Pass(given, chunk_bytes, kept, kept_target), information, out)
             return *out, kept, kept_target
         _, x, teacher, target = given.whole()
-        values = reference.mixture_forward(x, teacher, target, given.tokens, given.inside, given.weight, information)
+        tokens = mixture_op.stacked(given.first, given.tokens)
+        values = reference.mixture_forward(x, teacher, target, tokens, given.inside, given.weight, information)
     for place, value in zip(out, values, strict=True):
         place.copy_(value)
     return *out, kept.copy_(x.reshape(-1, x.shape[-1])[: kept.shape[0]]), kept_target.zero_()
@@ -74,7 +75,7 @@ def _forward(run: native.Kernels, whole: Pass, information: bool, out: list[Tens
     nothing = mixture_op.describe_rows(None, None, None, None)
     names = ("mixture_finish",)
     mixture_op.run_forward(
-        run, names, nothing, None, given.inside, whole.cut.weight, tuple(out), work, row, information, n
+        run, names, nothing, None, None, given.inside, whole.cut.weight, tuple(out), work, row, information, n
     )
 
 
@@ -96,7 +97,7 @@ def _blocks(length: int) -> int:
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     """The outputs of di4c::mixture, and room for the logits (rows, S) and targets (rows, S) kept: all that there may be
     if keep_bytes allows."""
-    given, (information, _, keep_bytes) = Inputs(*arguments[:12]), arguments[12:]
+    given, (information, _, keep_bytes) = Inputs(*arguments[:13]), arguments[13:]
     x, _, target = given.rows()
     batch, components, length, states = x.shape
     rows = min(batch * length, keep_bytes // (4 * states)) if isinstance(target, Hidden) else 0
@@ -104,14 +105,14 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     left = keep_bytes - 4 * states * rows
     rows = min(batch * components * length, left // (x.dtype.itemsize * states)) if isinstance(x, Hidden) else 0
     kept = given.logits.new_empty((rows, states))
-    six = given.logits, given.teacher, given.target, given.tokens, given.inside, given.weight
-    return *mixture_op.empty_outputs(*six, None, information), kept, kept_target
+    seven = given.logits, given.teacher, given.target, *given[-4:]
+    return *mixture_op.empty_outputs(*seven, None, information), kept, kept_target
 
 
 def _mixture_hidden_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the logits or states, of the head's weight and of its bias; empty ones where not needed."""
-    given, of_rows = Inputs(*arguments[3:15]), arguments[15:22]
-    kept, kept_target, chunk_bytes, needs = arguments[22:]
+    given, of_rows = Inputs(*arguments[3:16]), arguments[16:23]
+    kept, kept_target, chunk_bytes, needs = arguments[23:]
     gradients = Gradients(given.rows()[0], needs)
     run = given.kernels()
     with torch.autocast(given.logits.device.type, enabled=False):
@@ -119,7 +120,8 @@ def _mixture_hidden_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             _backward(run, Pass(given, chunk_bytes, kept, kept_target), arguments[:3], of_rows, gradients)
         else:
             piece, *rows = given.whole()
-            inputs = *arguments[:3], *rows, given.tokens, given.inside, given.weight, *of_rows
+            tokens = mixture_op.stacked(given.first, given.tokens)
+            inputs = *arguments[:3], *rows, tokens, given.inside, given.weight, *of_rows
             grad = reference.mixture_backward(*inputs)
             gradients.add(piece, grad.reshape(-1, grad.shape[-1]))
     return gradients.done()
@@ -151,7 +153,7 @@ def _backward(
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given, needs = Inputs(*arguments[3:15]), arguments[-1]
+    given, needs = Inputs(*arguments[3:16]), arguments[-1]
     nothing = given.logits.new_empty(0)
     data, weight, bias = (
         nothing.new_empty(x.shape) if x is not None and needed else nothing.new_empty(0)
@@ -163,7 +165,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 _ROWS = ("logits", "teacher", "target")
 _INPUTS = ", ".join(
     [f"Tensor{'' if name == 'logits' else '?'} {name}, Tensor? {name}_weight, Tensor? {name}_bias" for name in _ROWS]
-    + ["Tensor? tokens", "Tensor? inside", "Tensor? weight"]
+    + ["Tensor? first", "Tensor? tokens", "Tensor? inside", "Tensor? weight"]
 )
 _KEPT = "Tensor lse, Tensor lse_teacher, Tensor lse_target, Tensor share, Tensor pull"
 
@@ -192,11 +194,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    lse = saved[14]
+    lse = saved[15]
     given = [lse.new_zeros(n) if g is None else g for g, n in zip(grads[:3], ctx.shapes, strict=True)]
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.di4c.mixture_hidden_backward(*given, *saved, ctx.chunk_bytes, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 12
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 13
 
 
 register_gradient("mixture_hidden", "mixture_objective", _gradient, _keep)

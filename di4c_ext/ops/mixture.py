@@ -49,7 +49,7 @@ def mixture_log_prob(logits: Logits, tokens: Tensor, weight: Tensor | None = Non
     if isinstance(x, Hidden):
         return hidden.mixture_log_prob_from_hidden(x, tokens, w)
     (rows,), states = operands.laid_out(x)
-    joint, correlation, *_ = torch.ops.di4c.mixture(rows, None, None, tokens, None, w, states, False)
+    joint, correlation, *_ = torch.ops.di4c.mixture(rows, None, None, None, tokens, None, w, states, False)
     return joint, correlation
 
 
@@ -77,7 +77,7 @@ def mixture_kl(target: Logits, logits: Logits, weight: Tensor | None = None) -> 
     if isinstance(x, Hidden) or isinstance(y, Hidden):
         return hidden.mixture_kl_from_hidden(y, x, w)
     (rows, target_rows), states = operands.laid_out(x, y)
-    return torch.ops.di4c.mixture(rows, None, target_rows, None, None, w, states, False)[2][MARGINAL_TARGET]
+    return torch.ops.di4c.mixture(rows, None, target_rows, None, None, None, w, states, False)[2][MARGINAL_TARGET]
 
 
 def mixture_objective(
@@ -135,7 +135,5 @@ def mixture_objective(
             x, teacher=t, data=data, samples=samples, target=y, weight=w, inside=within, information=information
         )
     rows, states = operands.laid_out(x, t, y)
-    joint, correlation, parts, *_ = torch.ops.di4c.mixture(
-        *rows, operands.stacked(data, samples), within, w, states, information
-    )
+    joint, correlation, parts, *_ = torch.ops.di4c.mixture(*rows, data, samples, within, w, states, information)
     return mixture_op.objective_of(joint, correlation, parts, data is not None)

@@ -20,7 +20,7 @@ PARTS = 4  # api.h: Part
 
 
 class Sizes(NamedTuple):
-    """The numbers of api.h's structs; K and T are 0 without tokens or target, S is not 2 for logistic logits."""
+    """The numbers of api.h's structs; K and T are 0 without sequences or target, S is not 2 for logistic logits."""
 
     B: int
     L: int
@@ -30,9 +30,23 @@ class Sizes(NamedTuple):
     T: int
 
 
-def sizes_of(logits: Tensor, target: Tensor | None, tokens: Tensor | None, logistic_states: int | None) -> Sizes:
+def count_sequences(first: Tensor | None, tokens: Tensor | None) -> int:
+    """K of tokens (B, K, D), and the one (B, D) before them."""
+    return (first is not None) + (0 if tokens is None else tokens.shape[1])
+
+
+def stacked(first: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+    """The same as one tensor (B, K, D), which the reference takes and the kernels do without."""
+    if first is None:
+        return tokens
+    return first[:, None] if tokens is None else torch.cat([first[:, None], tokens], 1)
+
+
+def sizes_of(
+    logits: Tensor, target: Tensor | None, first: Tensor | None, tokens: Tensor | None, logistic_states: int | None
+) -> Sizes:
     B, L, D, S = logits.shape
-    K, T = 0 if tokens is None else tokens.shape[1], 0 if target is None else target.shape[1]
+    K, T = count_sequences(first, tokens), 0 if target is None else target.shape[1]
     return Sizes(B, L, D, S if logistic_states is None else logistic_states, K, T)
 
 
@@ -51,19 +65,20 @@ def _mixture(
     logits: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
     logistic_states: int | None,
     information: bool,
 ) -> tuple[Tensor, ...]:
-    n = sizes_of(logits, target, tokens, logistic_states)
-    check_values(n.S, teacher, tokens, weight)
-    out = empty_outputs(logits, teacher, target, tokens, inside, weight, logistic_states, information)
+    n = sizes_of(logits, target, first, tokens, logistic_states)
+    check_values(n.S, teacher, first, tokens, weight)
+    out = empty_outputs(logits, teacher, target, first, tokens, inside, weight, logistic_states, information)
     run = native.kernels(logits, teacher, target)
     if run is None:
         x, y, z = _as_logits(logits, teacher, target, logistic_states)
-        values = reference.mixture_forward(x, y, z, tokens, inside, weight, information)
+        values = reference.mixture_forward(x, y, z, stacked(first, tokens), inside, weight, information)
         # The reference accumulates a float64 target in float64; results follow the logits all the same.
         return tuple(value.to(like.dtype) for value, like in zip(values, out, strict=True))
     blocks = -(-n.D // native.POSITIONS)
@@ -71,7 +86,7 @@ def _mixture(
     row = logits.new_empty((PARTS, n.B, n.D), dtype=torch.float32)
     rows = describe_rows(logits, teacher, target, logistic_states)
     names = "mixture_positions", "mixture_finish"
-    run_forward(run, names, rows, tokens, inside, weight, out, work, row, information, n)
+    run_forward(run, names, rows, first, tokens, inside, weight, out, work, row, information, n)
     return out
 
 
@@ -79,6 +94,7 @@ def run_forward(
     run: native.Kernels,
     names: tuple[str, ...],
     rows: dict[str, Tensor | int],
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
@@ -93,7 +109,8 @@ def run_forward(
     run(
         *names,
         **rows,
-        tokens=native.dense(tokens),
+        **native.describe_sequences("first", first),
+        **native.describe_sequences("tokens", tokens),
         inside=native.dense(inside),
         weight=native.dense(weight),
         joint=joint,
@@ -121,11 +138,15 @@ def _as_logits(
     return unpacked(logits, logistic_states), y, z
 
 
-def check_values(states: int, teacher: Tensor | None, tokens: Tensor | None, weight: Tensor | None) -> None:
+def check_values(
+    states: int, teacher: Tensor | None, first: Tensor | None, tokens: Tensor | None, weight: Tensor | None
+) -> None:
     """Only mixture_objective has a teacher, and only mixture_kl no tokens besides."""
     op = "mixture_kl" if tokens is None else "mixture_log_prob"
-    op, name = (op, "tokens") if teacher is None else ("mixture_objective", "data and samples, stacked to (B, K, D),")
+    op, name = (op, "tokens") if teacher is None else ("mixture_objective", "samples")
     checks.weight_values(op, weight)
+    if first is not None:
+        checks.token_values(op, first, weight, states, "data")
     if tokens is not None:
         checks.token_values(op, tokens, weight, states, name)
 
@@ -134,13 +155,14 @@ def empty_outputs(
     logits: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
     logistic_states: int | None,
     information: bool,
 ) -> tuple[Tensor, ...]:
-    B, L, D, _, K, T = sizes_of(logits, target, tokens, logistic_states)
+    B, L, D, _, K, T = sizes_of(logits, target, first, tokens, logistic_states)
     dtype = checks.sum_dtype(logits)
     pulls = (teacher is not None) + (target is not None)
     return (
@@ -162,6 +184,7 @@ def _mixture_backward(
     logits: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
@@ -179,15 +202,15 @@ def _mixture_backward(
         x, y, z = _as_logits(logits, teacher, target, logistic_states)
         kept = joint, correlation, lse, lse_teacher, lse_target, share, pull
         grad = reference.mixture_backward(
-            grad_joint, grad_correlation, grad_parts, x, y, z, tokens, inside, weight, *kept
+            grad_joint, grad_correlation, grad_parts, x, y, z, stacked(first, tokens), inside, weight, *kept
         )
         return packed_gradient(logits, grad, logistic_states)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = describe_rows(logits, teacher, target, logistic_states)
     grads = grad_joint, grad_correlation, grad_parts
     kept = joint, correlation, lse, lse_teacher, lse_target, share, pull
-    n = sizes_of(logits, target, tokens, logistic_states)
-    run_backward(run, grads, rows, tokens, inside, weight, kept, grad, n)
+    n = sizes_of(logits, target, first, tokens, logistic_states)
+    run_backward(run, grads, rows, first, tokens, inside, weight, kept, grad, n)
     return grad
 
 
@@ -195,6 +218,7 @@ def run_backward(
     run: native.Kernels,
     grads: tuple[Tensor, ...],
     rows: dict[str, Tensor | int],
+    first: Tensor | None,
     tokens: Tensor | None,
     inside: Tensor | None,
     weight: Tensor | None,
@@ -208,7 +232,8 @@ def run_backward(
     run(
         "mixture_backward",
         **rows,
-        tokens=native.dense(tokens),
+        **native.describe_sequences("first", first),
+        **native.describe_sequences("tokens", tokens),
         inside=native.dense(inside),
         weight=native.dense(weight),
         joint=native.dense(joint),
@@ -251,7 +276,9 @@ def _first(value: Tensor) -> tuple[Tensor, Tensor]:
     return data.squeeze(1), samples
 
 
-_INPUTS = "Tensor logits, Tensor? teacher, Tensor? target, Tensor? tokens, Tensor? inside, Tensor? weight"
+_INPUTS = (
+    "Tensor logits, Tensor? teacher, Tensor? target, Tensor? first, Tensor? tokens, Tensor? inside, Tensor? weight"
+)
 _KEPT = "Tensor lse, Tensor lse_teacher, Tensor lse_target, Tensor share, Tensor pull"
 _VALUES = "Tensor joint, Tensor correlation"
 
@@ -279,10 +306,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    lse = saved[8]
+    lse = saved[9]
     given = [lse.new_zeros(n) if g is None else g for g, n in zip(grads[:3], ctx.shapes, strict=True)]
     grad = torch.ops.di4c.mixture_backward(*given, *saved, ctx.logistic_states)
-    return grad, None, None, None, None, None, None, None
+    return grad, *[None] * 8
 
 
 register_gradient("mixture", "mixture_objective", _gradient, _keep)

@@ -138,8 +138,19 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def describe_sequences(name: str, tokens: Tensor | None) -> dict[str, Tensor | int]:
+    """The fields of a `Sequences` called `name`: pointer and strides of tokens (B, K, D) or (B, D), or null."""
+    stride = (0, 0, 0) if tokens is None else tokens.stride()
+    return {
+        name: 0 if tokens is None else tokens,
+        f"{name}_stride_b": stride[0],
+        f"{name}_stride_k": stride[1] if len(stride) == 3 else 0,
+        f"{name}_stride_d": stride[-1],
+    }
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, as the kernels take everything but logits; a compiler may have changed what the caller laid out."""
+    """Contiguous, as the kernels take all but logits and sequences; a compiler may have changed what the user gave."""
     return None if tensor is None else tensor.contiguous()
 
 

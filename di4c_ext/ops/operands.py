@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from di4c_ext.ops import checks
@@ -41,13 +40,6 @@ def laid_out(*values: Tensor | Logistic | None) -> tuple[list[Tensor | None], in
     if isinstance(given[0], Logistic) and all(isinstance(value, Logistic) for value in given):
         return [packed(v) if isinstance(v, Logistic) else None for v in values], given[0].num_states
     return [v.logits() if isinstance(v, Logistic) else v for v in values], None
-
-
-def stacked(data: Tensor | None, samples: Tensor | None) -> Tensor | None:
-    """Data, then samples, as tokens (B, [1 +] K, D)."""
-    if data is None:
-        return samples
-    return data[:, None] if samples is None else torch.cat([data[:, None], samples], 1)
 
 
 def _logits(op: str, name: str, value: object, dims: tuple[int, ...], letters: str) -> Logits:

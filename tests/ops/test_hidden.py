@@ -240,13 +240,13 @@ def _registered(device: torch.device) -> list[tuple[Any, tuple[Any, ...]]]:
     case = make(states=37, length=19).to(device)
     student = tuple(x.requires_grad_() for x in case.student)
     constants = case.teacher.states[:, None], case.teacher.weight.detach(), None, *case.target
-    full = *student, *constants, case.tokens, case.inside, case.weight, True, 1, 0
-    least = student[0], student[1], None, *[None] * 6, case.tokens, None, None, False, 1, 1 << 20
+    full = *student, *constants, case.tokens[:, 0], case.tokens, case.inside, case.weight, True, 1, 0
+    least = student[0], student[1], None, *[None] * 7, case.tokens, None, None, False, 1, 1 << 20
     calls = []
     for inputs in (full, least):
         calls.append((torch.ops.di4c.mixture_hidden.default, inputs))
         joint, correlation, parts, *kept = (x.detach() for x in torch.ops.di4c.mixture_hidden(*inputs))
-        tensors = [x.detach() if isinstance(x, Tensor) else x for x in inputs[:12]]
+        tensors = [x.detach() if isinstance(x, Tensor) else x for x in inputs[:13]]
         grads = torch.ones_like(joint), torch.ones_like(correlation), torch.ones_like(parts)
         needs = [True, True, inputs[2] is not None]
         calls.append(

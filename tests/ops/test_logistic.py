@@ -297,7 +297,7 @@ def test_opcheck(backend):
     sample = (packed.flatten(1, 2), keys, None, None, -1, 2, 0, 1.0, True, 7, 11)
     torch.library.opcheck(torch.ops.di4c.sample.default, sample)
     tokens = torch.randint(0, 11, (2, 2, 6), device=backend.device)
-    mixture = (packed.requires_grad_(), packed[:, 0].detach(), None, tokens, None, None, 11, False)
+    mixture = (packed.requires_grad_(), packed[:, 0].detach(), None, tokens[:, 0], tokens, None, None, 11, False)
     torch.library.opcheck(torch.ops.di4c.mixture.default, mixture)
 
 

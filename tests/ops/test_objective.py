@@ -117,7 +117,7 @@ def test_targets_inside_are_not_read(backend, dtype, monkeypatch):
         targets=i.targets.masked_fill(zero[:, None, :, None] | inside_of(i)[:, None, None, None], torch.nan),
     )
     assert_same("split", i, poisoned)
-    inputs = poisoned.logits, poisoned.target, poisoned.targets, None, inside_of(i), i.weight
+    inputs = poisoned.logits, poisoned.target, poisoned.targets, None, None, inside_of(i), i.weight
     lse_target = torch.ops.di4c.mixture(*inputs, None, False)[5]
     assert (lse_target[:, inside_of(i)] == 0).all() and torch.isfinite(lse_target).all()
 
@@ -157,6 +157,21 @@ def test_what_is_left_out_is_zero(backend, left_out):
             assert value.shape == (2,) and value.dtype == torch.float32 and (value == 0).all()
     rest = [name for name in FELT if name not in absent]
     torch.testing.assert_close(gradient(less, x, rest), gradient(whole, x, rest), rtol=1e-5, atol=1e-6)
+
+
+def test_sequences_may_lie_anywhere(backend):
+    """Data and samples are read where they are, however they lie; before the samples the data are one more of them."""
+    i = make(23, sequences=4).to(backend.device)
+    x = i.logits.requires_grad_()
+    tokens = i.tokens.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    dense = ops.mixture_objective(x, **given(i, data=i.tokens[:, 0].clone(), samples=i.tokens[:, 1:].clone()))
+    apart = ops.mixture_objective(x, **given(i, data=tokens[:, 0], samples=tokens[:, 1:]))
+    assert all(same_bits(a, b) for a, b in zip(dense, apart, strict=True))
+    assert same_bits(gradient(dense, x), gradient(apart, x))
+    together = ops.mixture_objective(x, **given(i, data=None, samples=tokens))
+    for name in ("joint", "correlation"):
+        data, samples = getattr(dense, f"{name}_data")[:, None], getattr(dense, f"{name}_samples")
+        assert same_bits(getattr(together, f"{name}_samples"), torch.cat([data, samples], 1))
 
 
 def test_a_target_is_a_mixture_of_any_number(backend):

@@ -22,7 +22,7 @@ INPUTS = ("teacher", "target", "tokens", "inside", "weight")  # of di4c::mixture
 
 
 def _mixture_inputs(i, absent=()):
-    """The six inputs of di4c::mixture, some of them None."""
+    """The seven inputs of di4c::mixture, some of them None; the first sequence apart beside tokens and weight."""
     given = {
         "teacher": i.target,
         "target": i.targets,
@@ -30,7 +30,9 @@ def _mixture_inputs(i, absent=()):
         "inside": torch.arange(i.logits.shape[0], device=i.logits.device) % 2 == 0,
         "weight": i.weight,
     }
-    return i.logits, *(None if name in absent else given[name] for name in INPUTS)
+    teacher, target, tokens, inside, weight = (None if name in absent else given[name] for name in INPUTS)
+    first = None if tokens is None or weight is None else i.tokens[:, 1]
+    return i.logits, teacher, target, first, tokens, inside, weight
 
 
 def _backward_inputs(inputs, outputs, states=None):
@@ -51,7 +53,8 @@ def _op_calls(device):
     keys = random.keys(0, 2, device)
     logistic = replace(i, logits=_packed(i.logits), target=_packed(i.target), targets=_packed(i.targets))
     dense, logistic, few = _mixture_inputs(i), _mixture_inputs(logistic), _mixture_inputs(i, ("teacher", "target"))
-    for inputs in (dense, logistic, few):
+    alone = (i.logits.clone(), None, None, i.tokens[:, 0], None, None, i.weight)
+    for inputs in (dense, logistic, few, alone):
         inputs[0].requires_grad_()
     x, plain = i.logits.requires_grad_(), i.logits.detach()
     out = torch.ops.di4c.mixture(*dense, None, True)
@@ -64,6 +67,7 @@ def _op_calls(device):
         ("mixture", (*dense, None, True)),
         ("mixture", (*few, None, False)),
         ("mixture", (*logistic, 37, True)),
+        ("mixture", (*alone, None, False)),
         ("mixture_backward", _backward_inputs(dense, out)),
         ("mixture_backward", _backward_inputs(logistic, torch.ops.di4c.mixture(*logistic, 37, True), 37)),
         ("row_loss", (0, i.target, None, x, i.weight)),
@@ -72,7 +76,7 @@ def _op_calls(device):
     ]
 
 
-@pytest.mark.parametrize("call", range(11))
+@pytest.mark.parametrize("call", range(12))
 def test_opcheck(backend, call):
     name, arguments = _op_calls(backend.device)[call]
     torch.library.opcheck(getattr(torch.ops.di4c, name).default, arguments)

@@ -94,7 +94,7 @@ def test_gradient_over_the_logits(kernels):
     (B, L, D, S), K, T = i.logits.shape, i.tokens.shape[1], i.targets.shape[1]
     ones = torch.ones(B, K)
     parts = torch.ones(4, B)
-    inputs = (i.logits, i.target[:, None], i.targets, i.tokens, None, i.weight)
+    inputs = (i.logits, i.target[:, None], i.targets, None, i.tokens, None, i.weight)
     joint, correlation, _, *rows = torch.ops.di4c.mixture(*inputs, None, False)
     kept = [joint, correlation, *rows]
     apart = torch.ops.di4c.mixture_backward(ones, ones, parts, *inputs, *kept, None)
@@ -108,7 +108,8 @@ def test_gradient_over_the_logits(kernels):
         **native.describe("teacher", i.target[:, None]),
         **native.describe("target", i.targets),
         **dict(zip(names, kept, strict=True)),
-        tokens=i.tokens,
+        **native.describe_sequences("first", None),
+        **native.describe_sequences("tokens", i.tokens),
         inside=None,
         weight=i.weight,
         grad_joint=ones,

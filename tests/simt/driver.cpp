@@ -21,6 +21,12 @@ Logits logits(const Request& r, const std::string& name) {
           r.integer(name + "_stride_l"), r.integer(name + "_stride_d")};
 }
 
+Sequences sequences(const Request& r, const std::string& name) {
+  if (!r.get<int64_t>(name)) return {nullptr, 0, 0, 0};
+  return {r.get<int64_t>(name), r.integer(name + "_stride_b"), r.integer(name + "_stride_k"),
+          r.integer(name + "_stride_d")};
+}
+
 template <class Args>
 void shape(const Request& r, Args& a) {
   a.B = r.integer("B"), a.L = r.integer("L"), a.D = r.integer("D"), a.S = r.integer("S");
@@ -33,7 +39,7 @@ void mixture(const Request& r, Args& a) {
   shape(r, a);
   a.teacher = logits(r, "teacher"), a.target = logits(r, "target");
   a.K = r.integer("K"), a.T = r.integer("T");
-  a.tokens = r.get<int64_t>("tokens"), a.inside = r.get<uint8_t>("inside");
+  a.first = sequences(r, "first"), a.tokens = sequences(r, "tokens"), a.inside = r.get<uint8_t>("inside");
 }
 
 void run(const Request& r, int device) {
@@ -76,7 +82,7 @@ void run(const Request& r, int device) {
     a.work = r.get<double>("work"), a.row = r.get<float>("row"), a.information = r.integer("information");
     cuda::mixture_positions(a, device, nullptr);
     a.logits.data = a.teacher.data = a.target.data = nullptr;  // whoever finishes has sums of positions alone
-    a.tokens = nullptr, a.inside = nullptr, a.T = 0;
+    a.first.data = a.tokens.data = nullptr, a.inside = nullptr, a.T = 0;
     a.lse = a.lse_teacher = a.lse_target = a.pull = nullptr;
     cuda::mixture_finish(a, device, nullptr);
   } else if (op == "mixture_backward") {

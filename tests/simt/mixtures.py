@@ -26,11 +26,18 @@ class Mixture:
     logits: Tensor  # (B, L, D, S)
     teacher: Tensor | None = None  # (B, 1, D, S)
     target: Tensor | None = None  # (B, T, D, S)
+    first: Tensor | None = None  # (B, D)
     tokens: Tensor | None = None  # (B, K, D)
     inside: Tensor | None = None  # (B,) uint8
     weight: Tensor | None = None  # (B, D)
     information: bool = False
     logistic_states: int | None = None
+
+    def sequences(self) -> Tensor | None:
+        """All of them, (B, K, D)."""
+        if self.first is None:
+            return self.tokens
+        return self.first[:, None] if self.tokens is None else torch.cat([self.first[:, None], self.tokens], 1)
 
     def poisoned(self) -> Mixture:
         """NaN in all rows that no kernel may read."""
@@ -87,15 +94,28 @@ def _inputs(m: Mixture, pad: int, offset: int) -> dict[str, object]:
             return emulate.lay_out(x, pad, offset)
         return replace(emulate.lay_out(x, 2 * pad, offset), dtype=emulate.LOGISTIC)
 
+    count = m.sequences()
     return {
         "logits": operand(m.logits, offset),
         "teacher": operand(m.teacher, (offset + 2) % 4),
         "target": operand(m.target, (offset + 1) % 4),
-        **{"tokens": m.tokens, "inside": m.inside, "weight": m.weight},
+        **_apart("first", m.first),
+        **_apart("tokens", m.tokens),
+        **{"inside": m.inside, "weight": m.weight},
         **{"B": batch, "L": latents, "D": length, "S": m.logistic_states or last},
-        "K": 0 if m.tokens is None else m.tokens.shape[1],
+        "K": 0 if count is None else count.shape[1],
         "T": 0 if m.target is None else m.target.shape[1],
     }
+
+
+def _apart(name: str, tokens: Tensor | None) -> dict[str, object]:
+    """Tokens (B, [K,] D) with positions farthest apart in memory, and their strides."""
+    if tokens is None:
+        return {}
+    stored = tokens.movedim(-1, 0).clone(memory_format=torch.contiguous_format)
+    stride_d, stride_b, *stride_k = stored.stride()
+    strides = {"stride_b": stride_b, "stride_k": stride_k[0] if stride_k else 0, "stride_d": stride_d}
+    return {name: stored, **{f"{name}_{stride}": value for stride, value in strides.items()}}
 
 
 def run(
@@ -149,7 +169,7 @@ def definition(m: Mixture, dtype: torch.dtype | None) -> Result:
     """The same by the definition, in that dtype or the logits' own."""
     x = m.computed(dtype)
     teacher = None if x.teacher is None else x.teacher[:, 0]
-    operands = (x.logits, teacher, x.target, x.tokens, x.inside, x.weight)
+    operands = (x.logits, teacher, x.target, x.sequences(), x.inside, x.weight)
     joint, correlation, parts, *kept = reference.mixture_forward(*operands, x.information)
     grads = [g.to(joint.dtype) for g in upstream(*joint.shape)]
     grad = reference.mixture_backward(*grads, *operands, joint, correlation, *kept)

@@ -45,7 +45,8 @@ def mixture(
         logits=operand(latents, 0, dtype),
         teacher=operand(1, 1, dtype) if has["teacher"] else None,
         target=operand(targets, 2, other) if has["target"] else None,
-        tokens=random_tokens(states, batch, count, length) if has["tokens"] else None,
+        first=random_tokens(states, batch, length, seed=1) if kind == "all" and count > 1 else None,
+        tokens=random_tokens(states, batch, count - (kind == "all" and count > 1), length) if has["tokens"] else None,
         inside=(torch.arange(batch) % 2).to(torch.uint8) if split else None,
         weight=random_weight(batch, length) if weighted else None,
         information=has["information"],
@@ -182,15 +183,15 @@ def test_bad_rows_and_tokens(states: int, bad: float) -> None:
     """A NaN row spoils its sample, a token outside its sequence; the others keep every bit."""
     case = mixture(states, batch=6, latents=2, length=3, count=2, dtype=torch.bfloat16, weighted=False, split=False)
     clean = run(case, orders=(0,))
-    logits, tokens, teacher, target = (
-        x.clone() for x in (case.logits, case.tokens, case.teacher, case.target) if x is not None
+    logits, first, tokens, teacher, target = (
+        x.clone() for x in (case.logits, case.first, case.tokens, case.teacher, case.target) if x is not None
     )
     logits[1, 0, 2, 5] = bad
-    tokens[2, 1, 0] = states
-    tokens[3, 0, 1] = -1
+    tokens[2, 0, 0] = states
+    first[3, 1] = -1
     teacher[4, 0, 1, 3] = bad
     target[5, 1, 2, 0] = bad
-    got = run(replace(case, logits=logits, tokens=tokens, teacher=teacher, target=target))
+    got = run(replace(case, logits=logits, first=first, tokens=tokens, teacher=teacher, target=target))
     broken = [[False, False], [True, True], [False, True], [True, False], [False, False], [False, False]]
     for now, before in ((got.joint, clean.joint), (got.correlation, clean.correlation)):
         assert now.isnan().tolist() == broken

@@ -2,7 +2,8 @@
 //
 // Logits are (B, L, D, S): classes contiguous, the other strides arbitrary (in elements, 0 allowed), rows at
 // any alignment. Logistic logits (logistic.h) have two floats in place of a row, mean and log-scale, and no row in
-// memory at all; a gradient of theirs is two floats too. Everything else is contiguous in the order of its indices.
+// memory at all; a gradient of theirs is two floats too. Sequences may lie apart too. Everything else is contiguous in
+// the order of its indices.
 // Pointers marked "or null" may be.
 // No kernel allocates, keeps state or syncs; workspace is handed in. N = 0 anywhere returns at once. A `split`
 // workspace lets CUDA devices without clusters share a long row between CTAs; its tickets are 0 again afterwards.
@@ -19,6 +20,11 @@ struct Logits {  // rows of S classes indexed (b, l, d)
   const void* data;
   DType dtype;
   int64_t stride_b, stride_l, stride_d;
+};
+
+struct Sequences {  // tokens indexed (b, k, d), any strides
+  const int64_t* data;
+  int64_t stride_b, stride_k, stride_d;
 };
 
 // 128 bits for each (b, i): out[b, i, 0..1]. Word 3 of the counter is `stream` as given, word 2 is 0.
@@ -89,7 +95,8 @@ struct MixtureArgs {
   Logits logits;          // (B, L, D, S)
   Logits teacher;         // (B, 1, D, S) or data null
   Logits target;          // (B, T, D, S) or data null; not read where inside[b] is 1
-  const int64_t* tokens;  // (B, K, D)
+  Sequences first;        // (B, 1, D), the first of the K sequences, or data null: it is among the others
+  Sequences tokens;       // (B, K, D), or the K - 1 after the first
   const uint8_t* inside;  // (B,) of 0 and 1, or null: every part for every sample
   const float* weight;    // (B, D) or null: 1
   float* joint;           // (B, K)
@@ -108,7 +115,7 @@ struct MixtureArgs {
 
 struct MixtureBackwardArgs {
   Logits logits, teacher, target;
-  const int64_t* tokens;
+  Sequences first, tokens;
   const uint8_t* inside;
   const float* weight;
   const float *joint, *correlation;  // (B, K): where one is -inf, its gradient is taken as 0
@@ -118,6 +125,16 @@ struct MixtureBackwardArgs {
   void* grad;  // (B, L, D, S), contiguous, dtype of the logits ((B, L, D, 2) for logistic ones); may be logits.data
   int64_t B, L, D, S, K, T;
 };
+
+// x_k^d of sample b, for the arguments of either kernel.
+template <typename Args>
+DI4C_FN int64_t token_of(const Args& a, int64_t b, int64_t k, int64_t d) {
+  if (a.first.data) {
+    if (k == 0) return a.first.data[b * a.first.stride_b + d * a.first.stride_d];
+    --k;
+  }
+  return a.tokens.data[b * a.tokens.stride_b + k * a.tokens.stride_k + d * a.tokens.stride_d];
+}
 
 enum RowLoss : int { kForwardKl = 0, kReverseKl = 1, kJensenShannon = 2, kTotalVariation = 3, kCrossEntropy = 4 };
 
