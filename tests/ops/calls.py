@@ -102,6 +102,7 @@ def _make(
     components: int = 4,
     length: int = 3,
     sequences: int = 2,
+    mixed_target: int = 2,
     width: int = 6,
     weighted: bool = True,
 ) -> Call:
@@ -149,6 +150,6 @@ def _make(
     if op == "mixture_kl":
         return Call(op, {"target": rows(batch), "logits": logits, **weight})
     if op == "mixture_kl_of_mixture":
-        return Call("mixture_kl", {"target": rows(batch, 2), "logits": logits, **weight})
-    given = {"teacher": rows(batch), "data": tokens[:, 0], "samples": tokens, "target": rows(batch, 2)}
+        return Call("mixture_kl", {"target": rows(batch, mixed_target), "logits": logits, **weight})
+    given = {"teacher": rows(batch), "data": tokens[:, 0], "samples": tokens, "target": rows(batch, mixed_target)}
     return Call(op, {"logits": logits, **given, "information": True, **weight})
