@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from di4c_ext import checkpoints, data
 from di4c_ext.names import nearest
-from di4c_ext.process import PROCESSES, process_from
+from di4c_ext.process import LEVEL_PROCESSES, PROCESSES, process_from
 
 PRESETS = Path(__file__).parent / "presets"
 _OUTSIDE = ("help", "config")  # on the command line only
@@ -48,13 +48,21 @@ class DataArguments:
     horizontal_flip: bool = field(default=False, metadata={"help": "train on mirror images too"})
     heldout_fraction: float = field(default=1 / 6, metadata={"help": "share of the images kept from training"})
     process: str = field(
-        default="absorbing", metadata={"help": "absorbing: masks, the compact network; gaussian, uniform: the U-Net"}
+        default="absorbing",
+        metadata={
+            "help": "absorbing: masks, the compact network; gaussian, uniform: the U-Net; confidence: codes of a VQ "
+            "model, the token transformer"
+        },
     )
     process_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: constants of gaussian or uniform, e.g. '{\"rate_sigma\": 3}'"}
+        default=None, metadata={"help": "JSON: constants of any but absorbing, e.g. '{\"rate_sigma\": 3}'"}
     )
     schedule: str = field(
         default=_SCHEDULE, metadata={"help": "masking, for absorbing: linear, cosine, arccos or log_linear"}
+    )
+    vq_model: str | None = field(
+        default=None,
+        metadata={"help": "folder of the VQ model (pretrain --kind vq) that makes codes of images and images of codes"},
     )
 
     def __post_init__(self) -> None:
@@ -71,7 +79,7 @@ class DataArguments:
         if not is_absorbing and self.schedule != _SCHEDULE:
             remedy = (
                 f'give --process_config \'{{"schedule": "{self.schedule}"}}\''
-                if self.process == "uniform"
+                if self.process in ("uniform", "confidence")
                 else "leave it out; gaussian has constants, --process_config"
             )
             raise ValueError(
@@ -99,7 +107,7 @@ class DataArguments:
             dataset_config=self.dataset_config,
             dataset_split=self.dataset_train_split,
             horizontal_flip=self.horizontal_flip,
-            layout=layout or ("HWC" if self.process == "absorbing" else "CHW"),
+            layout=layout or ("CHW" if self.process in LEVEL_PROCESSES else "HWC"),
         )
 
 

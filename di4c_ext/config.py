@@ -28,6 +28,9 @@ class KeyedConfig(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "drop the last batch of an epoch if smaller"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin host memory for the copy to a GPU"})
     ema_decay: float = field(default=0.0, metadata={"help": "moving average of the weights; 0: none"})
+    label_dropout: float = field(
+        default=0.1, metadata={"help": "share of the images of codes whose class is not told, for guidance"}
+    )
     augment_share: float = field(default=0.0, metadata={"help": "share of the images altered; the network is told"})
     channels_last: bool = field(
         default=True, metadata={"help": "keep the U-Net's maps channel by channel at each pixel: faster"}
@@ -36,6 +39,8 @@ class KeyedConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.augment_share <= 1:
             raise ValueError(f"--augment_share {self.augment_share}: must lie in [0, 1]")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"--label_dropout {self.label_dropout}: must lie in [0, 1], e.g. 0.1")
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
@@ -51,7 +56,10 @@ class PretrainConfig(KeyedConfig):
     ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
     time_min: float = field(default=TIME_MIN, metadata={"help": "gaussian and uniform: no time lies below"})
     model_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: settings of models.CompactConfig or UNetConfig, e.g. '{\"dropout\": 0}'"}
+        default=None,
+        metadata={
+            "help": "JSON: settings of the network's config, models.CompactConfig for example, e.g. '{\"dropout\": 0}'"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -83,12 +91,16 @@ class DistillConfig(KeyedConfig):
     consistency_target: str = field(default="student", metadata={"help": "denoiser at u: student, or its ema"})
     control_variate: bool = field(default=True, metadata={"help": "false: plain mixture likelihoods"})
     target_dropout: bool = field(default=False, metadata={"help": "dropout acts on the targets too, as published"})
+    clean_positions: bool = field(
+        default=False, metadata={"help": "positions that x_t tells count too, as published for codes"}
+    )
     time_min: float = field(default=0.0, metadata={"help": "no time lies below"})
     window: float = field(default=0.05, metadata={"help": "distillation acts at t up to this, consistency above"})
     window_share: float = field(default=0.3, metadata={"help": "how often t falls into the window"})
     full_noise_share: float = field(default=0.0, metadata={"help": "how often t is exactly 1"})
     step_min: float = field(default=0.01, metadata={"help": "shortest teacher step t - u"})
     step_max: float = field(default=0.05, metadata={"help": "longest teacher step t - u"})
+    step_share: float = field(default=0.5, metadata={"help": "the largest share of t - time_min that a step takes"})
     step_law: str = field(default="uniform", metadata={"help": "spread between them: uniform or log_uniform"})
     latent_micro_batch: int | None = field(
         default=None, metadata={"help": "latents whose activations live at once; default: all. Less memory, more time"}
@@ -119,12 +131,14 @@ class DistillConfig(KeyedConfig):
             consistency=self.consistency_weight,
             control_variate=self.control_variate,
             target_dropout=self.target_dropout,
+            clean_positions=self.clean_positions,
             time_min=self.time_min,
             window=self.window,
             window_share=self.window_share,
             full_noise_share=self.full_noise_share,
             step_min=self.step_min,
             step_max=self.step_max,
+            step_share=self.step_share,
             step_law=self.step_law,  # type: ignore[arg-type]  # checked there
             latent_micro_batch=self.latent_micro_batch,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from di4c_ext.models import (
 )
 from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.names import nearest
-from di4c_ext.process import AbsorbingProcess, Process, process_from
+from di4c_ext.process import AbsorbingProcess, ConfidenceProcess, Process, process_from
 
 MODELS: dict[str, type[MixtureDenoiser]] = {  # by config.model_type
     "di4c_compact": CompactDenoiser,
@@ -31,8 +32,15 @@ MODELS: dict[str, type[MixtureDenoiser]] = {  # by config.model_type
 }
 
 
-def process_of(config: Any) -> Process:
-    """The process that a model of this config was trained for."""
+def process_of(config: Any, constants: Mapping[str, Any] | None = None) -> Process:
+    """The process that a model of this config was trained for.
+
+    constants: of the steps of a teacher of image tokens (`ConfidenceProcess`), which its network does not hang on.
+    """
+    if config.model_type == "di4c_tokens":
+        return ConfidenceProcess(config.num_states, config.schedule, config.mask_id, **(constants or {}))
+    if constants:
+        raise ValueError(f"process_of: a {config.model_type} has its process's constants itself, got {constants}")
     if config.model_type == "di4c_unet":
         return process_from(config.process, config.num_states)
     return AbsorbingProcess(config.num_states, config.schedule, config.mask_id)
@@ -48,6 +56,11 @@ def latents_of(config: Any) -> Latents | None:
 def layout_of(config: Any) -> Layout:
     """The order of the D positions of a colour image, as the network has it."""
     return "CHW" if config.model_type == "di4c_unet" else "HWC"
+
+
+def num_classes_of(config: Any) -> int:
+    """How many classes the network is told of as `labels`; 0: none, it takes no labels."""
+    return config.num_classes if config.model_type == "di4c_tokens" else 0
 
 
 def image_shape_of(config: Any) -> tuple[int, ...]:

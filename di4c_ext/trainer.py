@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from di4c_ext.metrics.likelihood import likelihood_bound
 from di4c_ext.process import AbsorbingProcess, Process
 
 Parts = dict[str, Tensor]
+_LABELS = 16  # sub-key of a step's key for the classes that are not told; the loss and the alterations have those below
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]  # (x_0, keys) -> (x_0, conditions)
 
 
@@ -49,7 +51,7 @@ class KeyedTrainer(Trainer):
         self,
         model: PreTrainedModel,
         *,
-        process: Process,
+        process: Process | None,
         args: KeyedConfig,
         train_dataset: data.ImageTokens,
         phase: str,
@@ -63,7 +65,8 @@ class KeyedTrainer(Trainer):
             )
         if args.channels_last:
             as_channels_last(model)
-        self.process = process
+        self.process: Any = process
+        self.label_dropout = args.label_dropout
         self._sums: Parts = {}
         self._num_summed = 0
         self._unchecked: list[Parts] = []
@@ -84,9 +87,19 @@ class KeyedTrainer(Trainer):
             if callback is not None:
                 self.add_callback(callback)
 
-    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor) -> Parts:
-        """'loss' with its graph and whatever else is worth logging, scalars; keys are this step's."""
+    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor, labels: Tensor | None = None) -> Parts:
+        """'loss' with its graph and whatever else is worth logging, scalars; keys are this step's.
+
+        labels (B,): the classes of images of codes, which the network is to be told.
+        """
         raise NotImplementedError
+
+    def conditions(self, labels: Tensor | None, keys: Tensor) -> dict[str, Tensor]:
+        """What the denoisers are told of the samples: their classes, of a share of them none."""
+        if labels is None:
+            return {}
+        drop = random.uniform(random.fold_in(keys, _LABELS), 1)[:, 0] < self.label_dropout
+        return {"labels": labels, "drop_label": drop}
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As Trainer.train, with a checkpoint's folder to go on from; one of the last step is loaded as it is."""
@@ -138,7 +151,8 @@ class KeyedTrainer(Trainer):
     ) -> Any:
         # The example's own key, random.keys(seed, ...)[example], whatever the number of examples.
         keys = random.fold_in(random.fold_in(self.args.seed, inputs["example"]), self.state.global_step)
-        parts = self.loss_parts(model, inputs["x_0"], keys)
+        told = {"labels": inputs["label"]} if "label" in inputs else {}
+        parts = self.loss_parts(model, inputs["x_0"], keys, **told)
         self._unchecked.append(parts)
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
@@ -217,8 +231,8 @@ class PretrainTrainer(KeyedTrainer):
         self.augment = augment
         self.time_min = time_min
 
-    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor) -> Parts:
-        conditions: dict[str, Tensor] = {}
+    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor, labels: Tensor | None = None) -> Parts:
+        conditions = self.conditions(labels, keys)
         if self.augment is not None:
             x_0, conditions = self.augment(x_0, keys)
         if isinstance(self.process, AbsorbingProcess):
@@ -252,6 +266,9 @@ class DistillTrainer(KeyedTrainer):
         self.teacher = teacher
         self.latents = latents
         self.augment = augment
+        # A guided teacher steps from logits of its own for no class.
+        guided = getattr(self.process, "guidance", 0.0)
+        self.unconditional = partial(teacher, drop_label=True) if guided else None
         self.objective: Di4CObjective = args.objective()
         self.target = self.ema.model if self.ema is not None and args.consistency_target == "ema" else None
         self.base_learning_rate = args.base_learning_rate
@@ -268,8 +285,8 @@ class DistillTrainer(KeyedTrainer):
                 optimizer.add_param_group({**group, "params": copied, "lr": self.base_learning_rate})
         return optimizer
 
-    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor) -> Parts:
-        conditions: dict[str, Tensor] = {}
+    def loss_parts(self, model: nn.Module, x_0: Tensor, keys: Tensor, labels: Tensor | None = None) -> Parts:
+        conditions = self.conditions(labels, keys)
         if self.augment is not None:
             x_0, conditions = self.augment(x_0, keys)
         return self.objective(
@@ -281,6 +298,7 @@ class DistillTrainer(KeyedTrainer):
             latents=self.latents,
             target=self.target,
             conditions=conditions,
+            unconditional=self.unconditional,
         )
 
 

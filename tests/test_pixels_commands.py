@@ -236,7 +236,10 @@ def test_refusals_before_anything_is_written(images: Path, finished: Path, tmp_p
         ({"process_config": {"time_bas": 3}}, "unknown setting 'time_bas'; did you mean 'time_base'?"),
         ({"process_config": {"time_base": -3}}, "time_base must be greater than 0"),
         ({"process_config": "[3]"}, "write a mapping, e.g. '{\"rate_sigma\": 3}'"),
-        ({"process": "gausian"}, "--process 'gausian': must be one of absorbing, gaussian, uniform; did you mean"),
+        (
+            {"process": "gausian"},
+            "--process 'gausian': must be one of absorbing, gaussian, uniform, confidence; did you mean",
+        ),
         ({"process": "absorbing"}, "absorbing diffusion has only a --schedule"),
         ({"schedule": "cosine"}, "--schedule cosine: is for --process absorbing, this is gaussian"),
         ({"process": "uniform", "schedule": "cosine", **no_config}, '--process_config \'{"schedule": "cosine"}\''),

@@ -10,8 +10,8 @@ import torch
 from unets import SMALL, by_formula
 
 from di4c_ext import random
-from di4c_ext.models import CompactConfig, CompactDenoiser, UNetConfig, UNetDenoiser
-from di4c_ext.process import AbsorbingProcess, GaussianProcess, UniformProcess
+from di4c_ext.models import CompactConfig, CompactDenoiser, TokenConfig, UNetConfig, UNetDenoiser
+from di4c_ext.process import AbsorbingProcess, ConfidenceProcess, GaussianProcess, UniformProcess
 from di4c_ext.systems import image_shape_of, latents_of, layout_of, load_model, process_of
 
 
@@ -24,6 +24,17 @@ def test_process_of() -> None:
     small = process_of(UNetConfig(num_states=32, process=settings))
     assert repr(small) == repr(GaussianProcess(32, rate_sigma=3, q_sigma=64, time_base=0.3))
     assert isinstance(process_of(UNetConfig(process={"name": "uniform"})), UniformProcess)
+
+
+def test_process_of_image_tokens() -> None:
+    for is_in, states in ((True, 13), (False, 12)):  # whether the mask is a class of the logits
+        process = process_of(TokenConfig(num_codes=12, mask_logit=is_in, schedule="cosine"))
+        assert repr(process) == repr(ConfidenceProcess(states, "cosine", 12))
+    assert repr(process_of(TokenConfig(num_codes=12), {"guidance": 2})) == repr(
+        ConfidenceProcess(13, "arccos", 12, guidance=2)
+    )
+    with pytest.raises(ValueError, match="a di4c_unet has its process's constants itself"):
+        process_of(UNetConfig(), {"guidance": 2})
 
 
 def test_a_config_checks_its_process() -> None:

@@ -48,9 +48,19 @@ def likelihood_bound(
 
 
 def mean_likelihood_bound(
-    denoiser: Denoiser, process: AbsorbingProcess, x_0: Tensor, keys: Tensor, *, draws: int = 8, batch_size: int = 512
+    denoiser: Denoiser,
+    process: AbsorbingProcess,
+    x_0: Tensor,
+    keys: Tensor,
+    *,
+    draws: int = 8,
+    batch_size: int = 512,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> float:
-    """The bound averaged over x_0 (N, D) and `draws` draws; k is stratified over the samples within a draw."""
+    """The bound averaged over x_0 (N, D) and `draws` draws; k is stratified over the samples within a draw.
+
+    conditions: further arguments of the denoiser, (N, ...) each.
+    """
     n = len(x_0)
     if n < 1 or draws < 1:
         raise ValueError(f"mean_likelihood_bound: {n} samples and {draws} draws; both must be at least 1")
@@ -60,7 +70,8 @@ def mean_likelihood_bound(
             drawn = random.fold_in(keys, draw)
             level = (drawn.argsort().argsort().double() + 0.5) / n
             for rows in torch.arange(n, device=x_0.device).split(batch_size):
-                bound = likelihood_bound(denoiser, process, x_0[rows], drawn[rows], level=level[rows])
+                told = {name: value[rows] for name, value in (conditions or {}).items()}
+                bound = likelihood_bound(denoiser, process, x_0[rows], drawn[rows], level=level[rows], conditions=told)
                 total += float(bound.double().sum())
     return total / (n * draws)
 

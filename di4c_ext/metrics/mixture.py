@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def correlation_gain(
     num_latents: int,
     t: float = 1.0,
     batch_size: int = 32,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Means over x_0 (N, D) at time t, in nats a sample; with num_latents components to the mixture:
 
@@ -32,13 +35,16 @@ def correlation_gain(
     correlation  how much of it the positions owe to one another: joint - log of the product of its marginals.
                  0 for a model without latents, or one that ignores them
     information  summed over those positions, what the latent tells about each: H(mean over latents) - mean H
+
+    conditions: further arguments of the student, (N, ...) each.
     """
     total = {"joint": 0.0, "correlation": 0.0, "information": 0.0}
     with inference(student, x_0.device):
         for rows in torch.arange(len(x_0), device=x_0.device).split(batch_size):
             x_t = process.corrupt(x_0[rows], t, keys[rows])
             time = torch.full((len(rows),), t, device=x_0.device)
-            logits = student(x_t, time, latents(keys[rows], num_latents))
+            told = {name: value[rows] for name, value in (conditions or {}).items()}
+            logits = student(x_t, time, latents(keys[rows], num_latents), **told)
             weight = process.weight(x_t)
             joint, correlation = ops.mixture_log_prob(logits, x_0[rows, None], weight)
             total["joint"] += float(joint.double().sum())

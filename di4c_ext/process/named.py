@@ -9,10 +9,16 @@ from typing import Any
 from di4c_ext.names import check_names, nearest
 from di4c_ext.process.absorbing import AbsorbingProcess
 from di4c_ext.process.base import Process
+from di4c_ext.process.confidence import ConfidenceProcess
 from di4c_ext.process.gaussian import GaussianProcess
 from di4c_ext.process.uniform import UniformProcess
 
-PROCESSES: dict[str, Any] = {"absorbing": AbsorbingProcess, "gaussian": GaussianProcess, "uniform": UniformProcess}
+PROCESSES: dict[str, Any] = {
+    "absorbing": AbsorbingProcess,
+    "gaussian": GaussianProcess,
+    "uniform": UniformProcess,
+    "confidence": ConfidenceProcess,
+}
 LEVEL_PROCESSES = ("gaussian", "uniform")  # whose states are all of the data's: the pixel network's
 
 
@@ -28,7 +34,8 @@ def process_from(settings: Mapping[str, Any], num_states: int, where: str = "pro
         raise ValueError(f'{where}: "name" must be one of {known}, got {name!r}{hint}')
     made = PROCESSES[name]
     constants = {key: value for key, value in settings.items() if key != "name"}
-    check_names(f"{where} ({name})", constants, made, ("num_states",))
+    fixed = ("num_states", "mask_id") if name == "confidence" else ("num_states",)
+    check_names(f"{where} ({name})", constants, made, fixed)
     for key, value in constants.items():
         wanted = inspect.signature(made).parameters[key].default
         if isinstance(wanted, float) and (isinstance(value, bool) or not isinstance(value, int | float)):

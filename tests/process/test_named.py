@@ -21,7 +21,9 @@ def test_constants_reach_the_process() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "gausian"}, "must be one of absorbing, gaussian, uniform, got 'gausian'; did you mean 'gaussian'?"),
+        ({"name": "gausian"}, "must be one of absorbing, gaussian, uniform, confidence, got 'gausian'"),
+        ({"name": "confidence", "mask_id": 3}, "'mask_id' follows from other settings"),
+        ({"name": "confidence", "gumbel": "4"}, "gumbel must be a number, got '4'"),
         ({}, "got None"),
         ({"name": "gaussian", "rate_sigm": 3}, "unknown setting 'rate_sigm'; did you mean 'rate_sigma'?"),
         ({"name": "gaussian", "schedule": "linear"}, "unknown setting 'schedule'"),
