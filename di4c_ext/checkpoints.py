@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "trainer_state.json"
 # What a run writes into its output folder, and all that --overwrite_output_dir deletes there.
 OWN = (
-    *("checkpoint-*", ".saving-*", "teacher", "samples", "runs", "*_config.yaml", "metrics.jsonl", "evaluation.json"),
+    *(
+        "checkpoint-*",
+        ".saving-*",
+        "teacher",
+        "vq",
+        "samples",
+        "runs",
+        "*_config.yaml",
+        "metrics.jsonl",
+        "evaluation.json",
+    ),
     *("report.html", "README.md", WEIGHTS, CONFIG, "training_args.bin"),
 )
 

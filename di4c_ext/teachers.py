@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 import di4c_ext
 from di4c_ext import checkpoints, data, random
 from di4c_ext.arguments import as_dict
 from di4c_ext.augment import AUGMENTATION_DIM
+from di4c_ext.codes import ImageCodes
 from di4c_ext.config import TIME_MIN, PretrainConfig
 from di4c_ext.metrics.denoising import mean_denoising_cross_entropy
 from di4c_ext.metrics.likelihood import mean_likelihood_bound
-from di4c_ext.models import CompactConfig, CompactDenoiser, UNetConfig, UNetDenoiser
+from di4c_ext.models import CompactConfig, CompactDenoiser, TokenConfig, TokenDenoiser, UNetConfig, UNetDenoiser
 from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.names import check_names
 from di4c_ext.process import LEVEL_PROCESSES, PROCESSES, AbsorbingProcess
-from di4c_ext.systems import image_shape_of, load_model, process_of
+from di4c_ext.systems import image_shape_of, load_model, num_classes_of, process_of
 
 # The settings a teacher's weights depend on, beside its data; `distill` has each of them with `teacher_` in front.
 RECIPE = (
@@ -42,12 +44,15 @@ RECIPE = (
     "seed",
 )
 LEVELS_RECIPE = ("time_min",)  # and what a process of levels takes on top
+CODES_RECIPE = ("label_dropout",)  # and what one of codes
 _NUMERICS = ("channels_last", "bf16", "fp16")  # of which a U-Net's weights depend as well
 _MEASURED = 1000  # images of each side on which a denoiser of levels is measured
 
 
-def network_of(process: Mapping[str, Any]) -> type[CompactDenoiser] | type[UNetDenoiser]:
+def network_of(process: Mapping[str, Any]) -> type[CompactDenoiser] | type[UNetDenoiser] | type[TokenDenoiser]:
     """The class of the network that is trained for a process."""
+    if process["name"] == "confidence":
+        return TokenDenoiser
     return UNetDenoiser if process["name"] in LEVEL_PROCESSES else CompactDenoiser
 
 
@@ -57,7 +62,7 @@ def new_teacher(train: data.ImageTokens, config: PretrainConfig, process: Mappin
     Raises ValueError for settings that the network does not have, or that the process leaves without a meaning.
     """
     settings = as_dict("model_config", config.model_config)
-    make = _new_unet if network_of(process) is UNetDenoiser else _new_compact
+    make = {UNetDenoiser: _new_unet, TokenDenoiser: _new_tokens, CompactDenoiser: _new_compact}[network_of(process)]
     try:
         return make(train, config, process, settings)
     except TypeError as error:  # a setting of the wrong kind
@@ -107,11 +112,49 @@ def _new_unet(
     return UNetDenoiser(made)
 
 
+def _new_tokens(
+    train: data.ImageTokens, config: PretrainConfig, process: Mapping[str, Any], settings: dict[str, Any]
+) -> TokenDenoiser:
+    fixed = ("num_codes", "num_classes", "grid", "schedule", "codebook", "is_student")
+    latent = ("latent_form", "latent_dim", "latent_law", "latent_scale", "latent_gate")  # which from_teacher takes
+    check_names("--model_config", settings, TokenConfig.__init__, (*fixed, *latent))
+    _check_unused(config, "of levels, not of codes")
+    if config.augment_share:
+        raise ValueError(f"--augment_share {config.augment_share:g}: alters pixels, codes have none; give 0")
+    codes = _codes(train)
+    made = TokenConfig(
+        num_codes=codes.num_states,
+        num_classes=codes.num_classes,
+        grid=codes.shape,
+        schedule=process.get("schedule", "arccos"),
+        codebook=codes.codebook,
+        **settings,
+    )
+    set_seed(config.seed)
+    return TokenDenoiser(made)
+
+
+def _codes(images: data.ImageTokens) -> ImageCodes:
+    if not isinstance(images, ImageCodes):
+        raise ValueError(
+            f"--process confidence: works on codes, {images.name!r} are pixels; name a model by --vq_model"
+        )
+    return images
+
+
+def _check_unused(config: PretrainConfig, why: str) -> None:
+    if config.time_min != TIME_MIN:
+        raise ValueError(f"--time_min {config.time_min}: is for a process {why}; leave it out")
+
+
 def cached_teacher(train: data.ImageTokens, config: PretrainConfig, process: Mapping[str, Any]) -> Path:
     """Where the cache keeps the teacher of these images and settings, whether it is there or not."""
     recipe = {name: str(getattr(config, name)) for name in RECIPE}
     told = process["schedule"] if process["name"] == "absorbing" else json.dumps(process, sort_keys=True)
-    if process["name"] != "absorbing":
+    if process["name"] == "confidence":
+        told = process.get("schedule", "arccos")  # the other constants are those of a student's training
+        recipe |= {name: str(getattr(config, name)) for name in (*CODES_RECIPE, "bf16", "fp16")}
+    elif process["name"] != "absorbing":
         recipe |= {name: str(getattr(config, name)) for name in (*LEVELS_RECIPE, *_NUMERICS)}
     versions = f"di4c_ext {di4c_ext.__version__} torch {torch.__version__}"
     key = hashlib.sha256(f"{train.fingerprint()} {told} {json.dumps(recipe)} {versions}".encode()).hexdigest()
@@ -131,11 +174,14 @@ def load_teacher(folder: Path, train: data.ImageTokens, process: Mapping[str, An
             f"teacher {folder}: is a {type(teacher).__name__}, for images under --process {process['name']} a "
             f"{network_of(process).__name__} is wanted"
         )
-    if config.num_states != train.num_states:
+    if not isinstance(teacher, TokenDenoiser) and config.num_states != train.num_states:
         raise ValueError(
             f"teacher {folder}: has S = {config.num_states} states, the data {train.name!r} has {train.num_states}; "
             "give the teacher of this data, or data of its states (--num_states)"
         )
+    if isinstance(teacher, TokenDenoiser):
+        check_codes(f"teacher {folder}", config, _codes(train))
+        return teacher
     shape = " x ".join(map(str, train.shape))
     if config.length != train.length:
         raise ValueError(
@@ -151,16 +197,34 @@ def load_teacher(folder: Path, train: data.ImageTokens, process: Mapping[str, An
     return teacher
 
 
+def check_codes(where: str, config: TokenConfig, codes: ImageCodes) -> None:
+    """Raises ValueError naming all in which a token network's config does not fit a set of codes."""
+    own = {"num_codes": codes.num_states, "grid": list(codes.shape), "num_classes": codes.num_classes}
+    if config.codebook is not None:
+        own["codebook"] = codes.codebook
+    asked = {name: getattr(config, name) for name in own}
+    faults = [f"{name} {asked[name]}, these {value}" for name, value in own.items() if asked[name] != value]
+    if config.num_classes > codes.num_classes > 0:  # some classes have no image here
+        faults = [fault for fault in faults if not fault.startswith("num_classes")]
+    if faults:
+        raise ValueError(
+            f"{where}: was trained on other codes than those of {codes.name!r}: {'; '.join(faults)}; "
+            "name the VQ model it was trained with by --vq_model"
+        )
+
+
 def _check_process(folder: Path, own: Any, told: Mapping[str, Any]) -> None:
     """ValueError unless the teacher's own process is the one told of, as far as it was told of."""
-    name = next(name for name, kind in PROCESSES.items() if isinstance(own, kind))
+    name = next(name for name, kind in PROCESSES.items() if type(own) is kind)
     if told["name"] != name:
         raise ValueError(
             f"teacher {folder}: was trained for {own!r}, this run is for --process {told['name']}; "
             f"give --process {name}, or another teacher"
         )
     constants = {key: value for key, value in told.items() if key not in ("name", "schedule")}
-    if told.get("schedule", "linear") != "linear":  # what nobody need say
+    if name == "confidence":  # these are of a student's training, only the schedule is the teacher's
+        constants = {"schedule": told["schedule"]} if "schedule" in told else {}
+    elif told.get("schedule", "linear") != "linear":  # what nobody need say
         constants["schedule"] = told["schedule"]
     different = [f"{key} = {value}" for key, value in constants.items() if getattr(own, key) != value]
     if different:
@@ -168,6 +232,13 @@ def _check_process(folder: Path, own: Any, told: Mapping[str, Any]) -> None:
             f"teacher {folder}: was trained for {own!r}, this run asks for {', '.join(different)}; "
             "leave the constants of the process out to take the teacher's"
         )
+
+
+def conditions_of(config: Any, images: data.ImageTokens, device: torch.device) -> dict[str, Tensor]:
+    """What a network of this config is told of these images: their labels, where it takes some."""
+    if not num_classes_of(config) or images.labels is None:
+        return {}
+    return {"labels": images.labels.to(device)}
 
 
 def bounds(
@@ -180,7 +251,14 @@ def bounds(
         if isinstance(process, AbsorbingProcess):
             keys = random.keys(0, len(images), device=teacher.device)
             x_0 = images.tokens.long().to(teacher.device)
-            found[name] = mean_likelihood_bound(teacher, process, x_0, keys, draws=4 if name == "train" else 16)
+            found[name] = mean_likelihood_bound(
+                teacher,
+                process,
+                x_0,
+                keys,
+                draws=4 if name == "train" else 16,
+                conditions=conditions_of(teacher.config, images, teacher.device),
+            )
         else:
             x_0 = _some(images).tokens.long().to(teacher.device)
             keys = random.keys(0, len(x_0), device=teacher.device)
