@@ -27,14 +27,26 @@ from transformers import set_seed
 from di4c_ext import checkpoints, data, pictures
 from di4c_ext.arguments import DataArguments, RunArguments, as_dict, as_yaml, parse, read_stored, run
 from di4c_ext.callbacks import append_metrics, read_metrics
+from di4c_ext.codes import VQ_FOLDER
 from di4c_ext.config import TIME_MIN, DistillConfig, PretrainConfig
-from di4c_ext.evaluate import EvaluationArguments, check_plan, compare, latent_use, open_judge
+from di4c_ext.evaluate import (
+    EvaluationArguments,
+    RealImages,
+    check_plan,
+    codes_at_best,
+    compare,
+    latent_use,
+    open_judge,
+    real_images,
+)
 from di4c_ext.generate import SamplingArguments
 from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.names import check_names
-from di4c_ext.pretrain import Interrupted, augmentation, stopped_message, train_teacher
-from di4c_ext.systems import latents_of, process_of
+from di4c_ext.pretrain import Interrupted, augmentation, load_tokens, stopped_message, train_teacher
+from di4c_ext.process import Process
+from di4c_ext.systems import latents_of, num_classes_of, process_of
 from di4c_ext.teachers import (
+    CODES_RECIPE,
     LEVELS_RECIPE,
     RECIPE,
     bounds,
@@ -46,6 +58,7 @@ from di4c_ext.teachers import (
     num_measured,
 )
 from di4c_ext.trainer import DistillTrainer
+from di4c_ext.vq import save_vq
 
 STORED = "distill_config.yaml"
 SHOWN = 64  # images in a grid
@@ -72,6 +85,7 @@ class TeacherArguments:
     teacher_max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     teacher_ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
     teacher_augment_share: float = field(default=0.0, metadata={"help": "share of the images altered"})
+    teacher_label_dropout: float = field(default=0.1, metadata={"help": "share of the images whose class is not told"})
     teacher_time_min: float = field(default=TIME_MIN, metadata={"help": "gaussian and uniform: no time lies below"})
     teacher_model_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: settings of models.CompactConfig, or of UNetConfig"}
@@ -80,7 +94,7 @@ class TeacherArguments:
 
     def config(self, student: DistillConfig) -> PretrainConfig:
         """The teacher's own training settings; device and precision are the student's."""
-        recipe = {name: getattr(self, f"teacher_{name}") for name in (*RECIPE, *LEVELS_RECIPE)}
+        recipe = {name: getattr(self, f"teacher_{name}") for name in (*RECIPE, *LEVELS_RECIPE, *CODES_RECIPE)}
         both = ("use_cpu", "bf16", "fp16", "disable_tqdm", "report_to", "channels_last")
         shared = {name: getattr(student, name) for name in both}
         return PretrainConfig(output_dir=str(Path(str(student.output_dir)) / "teacher"), **recipe, **shared)
@@ -104,6 +118,11 @@ class StudentConfig(DistillConfig):
         super().__post_init__()
 
 
+def _without_vq(preset: dict[str, Any]) -> dict[str, Any]:
+    """A preset without what is said of the VQ model's training, which is another command's."""
+    return {key: value for key, value in preset.items() if not key.startswith("vq_")}
+
+
 class Run:
     """One run: its images, settings and folder, and the seconds each phase took."""
 
@@ -113,6 +132,7 @@ class Run:
             [DataArguments, TeacherArguments, StudentConfig, EvaluationArguments, SamplingArguments, RunArguments],
             argv,
             default_preset="digits",
+            translate=_without_vq,
             stored=lambda early: read_stored(Path(early.output_dir or StudentConfig.output_dir) / STORED),
             description="Distil a product teacher into a few-step mixture student.",
         )
@@ -124,8 +144,28 @@ class Run:
         self.network = network_of(self.process)
         settings = as_dict("student_model_config", self.args.student_model_config)
         check_names("--student_model_config", settings, self.network.from_teacher, ("cls", "teacher"))
-        self.train, self.heldout = data.split(self.images.load(), self.images.heldout_fraction)
+        kept = self.output / VQ_FOLDER
+        loaded = load_tokens(self.images, kept if kept.is_dir() and self.resuming else None)
+        self.train, self.heldout = data.split(loaded.tokens, self.images.heldout_fraction)
+        self.vq = loaded.vq
+        self.real: RealImages | None = None
+        if loaded.vq is not None:
+            self.real = real_images(loaded.pixels, self.images.heldout_fraction, loaded.vq)
         self.seconds: dict[str, float] = {}
+
+    @property
+    def resuming(self) -> bool:
+        return self.options.resuming(self.args)
+
+    @property
+    def pictures(self) -> tuple[data.ImageTokens, data.ImageTokens]:
+        """Training and held-out images in pixels, whatever the network works on."""
+        return (self.train, self.heldout) if self.real is None else (self.real.train, self.real.heldout)
+
+    def process_of(self, config: Any) -> Process:
+        """The process of a model of this config, with what this run says of a teacher's steps."""
+        told = {key: value for key, value in self.process.items() if key not in ("name", "schedule")}
+        return process_of(config, told if self.process["name"] == "confidence" else None)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -182,7 +222,7 @@ def train_student(job: Run, teacher: MixtureDenoiser) -> MixtureDenoiser:
         teacher=teacher,
         latents=latents,
         augment=augmentation(job.train, job.args.augment_share),
-        process=process_of(student.config),
+        process=job.process_of(student.config),
         args=job.args,
         train_dataset=job.train,
         metrics_file=job.metrics,
@@ -199,21 +239,23 @@ def evaluate(job: Run, teacher: MixtureDenoiser, student: MixtureDenoiser) -> di
     """All figures of the report; each also becomes a line of metrics.jsonl, and the first seed's images a PNG."""
     student.to(job.args.device)
     teacher.to(job.args.device)
-    judge = open_judge(job.train, job.heldout, job.evaluation)
+    shown = job.pictures[0]
+    judge = open_judge(*job.pictures, job.evaluation)
     kept = [line for line in read_metrics(job.metrics) if line.get("phase") != "evaluation"]
     checkpoints.write_text(job.metrics, "".join(json.dumps(line) + "\n" for line in kept))
     rows: list[dict[str, Any]] = []
     grids: dict[tuple[str, int], Tensor] = {}
     models = {"teacher": teacher, "student": student}
-    for row, samples in compare(models, judge, job.evaluation, SHOWN, job.sampling):
+    for row, samples in compare(models, judge, job.evaluation, SHOWN, job.sampling, job.real):
         rows.append(row)
         append_metrics(job.metrics, {"phase": "evaluation", **row})
         if row["seed"] == job.evaluation.eval_seeds[0]:
             grids[row["model"], row["num_steps"]] = samples
-            picture = pictures.grid(samples, job.train.shape, job.train.num_states, layout=job.train.layout)
+            picture = pictures.grid(samples, shown.shape, shown.num_states, _columns(student.config), shown.layout)
             file = job.output / "samples" / f"{row['model']}-{row['num_steps']:03d}steps.png"
-            pictures.save(picture, file, scale=pictures.scale_for(job.train.shape))
-    return {
+            pictures.save(picture, file, scale=pictures.scale_for(shown.shape))
+    results: dict[str, Any] = {} if job.real is None else {"reconstructions": codes_at_best(job.real, job.train, judge)}
+    return results | {
         "rows": rows,
         "grids": grids,
         "floors": judge.floors,
@@ -227,6 +269,11 @@ def evaluate(job: Run, teacher: MixtureDenoiser, student: MixtureDenoiser) -> di
         "bounds_name": bounds_name(teacher.config, job.teacher_args.teacher_time_min),
         "latents": latent_use(student, job.heldout, job.args.num_latents),
     }
+
+
+def _columns(config: Any) -> int:
+    """Of a grid of samples: one for each class, where these come in turn and are not too many, else 8."""
+    return num_classes_of(config) if 1 < num_classes_of(config) <= 16 else 8
 
 
 def check(job: Run, config: PretrainConfig) -> None:
@@ -250,6 +297,8 @@ def main(argv: Sequence[str]) -> int:
         job.output, STORED, resume=job.options.resuming(job.args), overwrite=job.options.overwrite_output_dir
     )
     checkpoints.write_text(job.output / STORED, as_yaml(job.settings))
+    if job.vq is not None:
+        save_vq(job.vq, job.output / VQ_FOLDER)
     try:
         with job.phase("teacher"):
             teacher, origin, teacher_folder = get_teacher(job, config)
@@ -270,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
         history=history + read_metrics(job.metrics),
         teacher_origin=origin,
         seconds=job.seconds,
-        images=job.train,
+        images=job.pictures[0],
         num_parameters=student.num_parameters(),
         teacher_parameters=teacher.num_parameters(),
     )

@@ -16,16 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from di4c_ext import checkpoints, data, random
 from di4c_ext.arguments import DataArguments, UsageError, parse, run
+from di4c_ext.codes import Decoder, check_images, classes_like, vq_beside
 from di4c_ext.generate import SamplingArguments, check_fit, check_sampling, generate, open_model, sampler_of
 from di4c_ext.metrics.judge import Judge
 from di4c_ext.metrics.mixture import correlation_gain
+from di4c_ext.models import VQModel
 from di4c_ext.models.base import MixtureDenoiser, role
-from di4c_ext.systems import latents_of, layout_of, process_of
+from di4c_ext.systems import latents_of, layout_of, num_classes_of, process_of
+from di4c_ext.teachers import conditions_of
 
 LATENT_IMAGES = 100  # held-out images on which the student's latents are measured
 
@@ -86,12 +90,15 @@ def compare(
     args: EvaluationArguments,
     keep: int = 0,
     sampling: SamplingArguments | None = None,
+    real: RealImages | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """One row of figures for each (model, number of steps, seed), and the first `keep` samples it stands on.
 
     models: by the names "teacher" and "student", or one of them. With both there are rows of a "hybrid" where
     sampling.hybrid asks for one, and of "guided" samples where sampling.guidance does. Of the other options a teacher's
-    rows leave out what teachers have not. Raises ValueError for options that fit no row, before anything is sampled.
+    rows leave out what teachers have not. real: for networks of image tokens, whose samples it turns into pixels and
+    which are told of its classes in their proportions. Raises ValueError for options that fit no row, before anything
+    is sampled.
     """
     sampling = sampling or SamplingArguments()
     check_plan(args, sampling, models)
@@ -110,8 +117,11 @@ def compare(
             batch_size=args.eval_batch_size,
             teacher=teacher,
             options=options,
+            labels=None if real is None else real.labels(model.config, args.eval_num_samples),
         )
         seconds = time.perf_counter() - start
+        if real is not None:
+            samples = real.decode(samples)
         row = {"model": name, "sampler": sampler_of(model, options), "num_steps": num_steps, "seed": seed}
         figures = judge.measure(samples)
         yield {**row, "num_samples": len(samples), **figures, "seconds": round(seconds, 3)}, samples[:keep]
@@ -122,19 +132,46 @@ Role = tuple[MixtureDenoiser, MixtureDenoiser | None, SamplingArguments]
 
 def _cast(models: dict[str, MixtureDenoiser], sampling: SamplingArguments) -> dict[str, Role]:
     """Who is sampled, with which teacher and options."""
-    plain = replace(sampling, hybrid=0, guidance=None)
+    plain = replace(sampling, hybrid=0, guidance=None, teacher_guides=False)
     cast: dict[str, Role] = {}
     for name, model in models.items():
         cast[name] = (model, None, plain if model.config.is_student else replace(plain, last_latents=1))
     student, teacher = models.get("student"), models.get("teacher")
     if sampling.wants_teacher and (student is None or teacher is None):
-        wanted = f"--hybrid {sampling.hybrid}" if sampling.hybrid else f"--guidance {sampling.guidance:g}"
-        raise ValueError(f"{wanted}: needs a student and its teacher; name the teacher's folder by --teacher")
+        raise ValueError(f"{sampling.wanted}: needs a student and its teacher; name the teacher's folder by --teacher")
     if student is not None and sampling.hybrid:
         cast["hybrid"] = (student, teacher, replace(plain, hybrid=sampling.hybrid, last_latents=1))
     if student is not None and sampling.guidance is not None:
         cast["guided"] = (student, teacher, replace(plain, guidance=sampling.guidance))
+    if student is not None and sampling.teacher_guides:
+        cast["guided"] = (student, teacher, replace(plain, teacher_guides=True))
     return cast
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The pixels behind a data set of codes: training and held-out images, and what makes pixels of codes."""
+
+    train: data.ImageTokens
+    heldout: data.ImageTokens
+    decode: Decoder
+
+    def labels(self, config: Any, n: int) -> Tensor | None:
+        """Classes of n samples in the proportions of the images, for a network of this config."""
+        return classes_like(self.train, n) if num_classes_of(config) else None
+
+
+def real_images(images: data.ImageTokens, heldout_fraction: float, vq: VQModel) -> RealImages:
+    """The images cut as their codes are; ValueError where the VQ model is not for them."""
+    check_images(images, vq.config, "--vq_model")
+    train, heldout = data.split(images, heldout_fraction)
+    return RealImages(train, heldout, Decoder(vq, images.num_states))
+
+
+def codes_at_best(real: RealImages, codes: data.ImageTokens, judge: Judge) -> dict[str, float]:
+    """The figures of images that come back from their own codes, as many as the floors are taken at."""
+    evenly = torch.arange(judge.floor_size) * len(codes) // judge.floor_size
+    return judge.measure(real.decode(codes.tokens[evenly].long()))
 
 
 def latent_use(student: MixtureDenoiser, heldout: data.ImageTokens, num_latents: int) -> list[dict[str, float]]:
@@ -145,12 +182,14 @@ def latent_use(student: MixtureDenoiser, heldout: data.ImageTokens, num_latents:
         raise ValueError("latent_use: a teacher has no latents; give its student")
     x_0 = heldout.tokens[:LATENT_IMAGES].long().to(student.device)
     keys = random.keys(0, len(x_0), device=student.device)
+    some = heldout.subset(torch.arange(len(x_0)))
+    told = conditions_of(student.config, some, student.device)
     return [
         {
             "t": t,
             "num_latents": num_latents,
             "num_images": len(x_0),
-            **correlation_gain(student, process, x_0, keys, latents, num_latents=num_latents, t=t),
+            **correlation_gain(student, process, x_0, keys, latents, num_latents=num_latents, t=t, conditions=told),
         }
         for t in (1.0, 0.75, 0.5, 0.25)
     ]
@@ -191,21 +230,42 @@ def main(argv: Sequence[str]) -> int:
     models = open_pair(model_args.model, model_args.teacher)
     check_plan(args, sampling, models)
     model = list(models.values())[-1]
-    if images.num_states is None and data.BUILT_IN.get(images.dataset_name) is None:
+    is_tokens = model.config.model_type == "di4c_tokens"
+    if not is_tokens and images.num_states is None and data.BUILT_IN.get(images.dataset_name) is None:
         images.num_states = model.config.num_states
-    train, heldout = data.split(images.load(layout=layout_of(model.config)), images.heldout_fraction)
+    loaded = images.load(layout=layout_of(model.config))
+    if is_tokens:
+        vq: Any = vq_beside(model_args.model, images.vq_model)
+        vq.check_denoiser(model.config)
+        real = real_images(loaded, images.heldout_fraction, vq.to(model.device))
+        _report(models, open_judge(real.train, real.heldout, args), args, sampling, model_args.output_file, real)
+        return 0
+    if images.vq_model is not None:
+        raise UsageError(f"--vq_model {images.vq_model}: {model_args.model} is no network of codes; leave it out")
+    train, heldout = data.split(loaded, images.heldout_fraction)
     if (model.config.num_states, model.config.length) != (train.num_states, train.length):
         raise UsageError(
             f"--model {model_args.model}: has S = {model.config.num_states}, D = {model.config.length}; the images of "
             f"{train.name!r} have S = {train.num_states}, D = {train.length}; name the data it was trained on"
         )
-    judge = open_judge(train, heldout, args)
-    rows = [row for row, _ in compare(models, judge, args, sampling=sampling)]
+    _report(models, open_judge(train, heldout, args), args, sampling, model_args.output_file)
+    return 0
+
+
+def _report(
+    models: dict[str, MixtureDenoiser],
+    judge: Judge,
+    args: EvaluationArguments,
+    sampling: SamplingArguments,
+    file: str | None,
+    real: RealImages | None = None,
+) -> None:
+    """Prints the rows as JSON lines, and writes them."""
+    rows = [row for row, _ in compare(models, judge, args, sampling=sampling, real=real)]
     text = "".join(json.dumps(row) + "\n" for row in [{"floors": judge.floors, "sizes": judge.sizes}, *rows])
     print(text, end="")
-    if model_args.output_file is not None:
-        checkpoints.write_text(Path(model_args.output_file), text)
-    return 0
+    if file is not None:
+        checkpoints.write_text(Path(file), text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     tokens = generate(model, 10, 64, seed=0)                                                       # (64, D)
     tokens = generate(model, 10, 64, seed=0, teacher=teacher, options=SamplingArguments(hybrid=2))
 
-Masked models are sampled by ancestral steps, the pixel systems by analytic ones and a last denoising.
+Masked models are sampled by ancestral steps, the pixel systems by analytic ones and a last denoising, image tokens by
+confidence.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,20 +23,22 @@ from torch import Tensor
 from di4c_ext import random
 from di4c_ext.denoiser import Denoiser
 from di4c_ext.models.base import MixtureDenoiser, role
-from di4c_ext.process import AbsorbingProcess, GaussianProcess
+from di4c_ext.process import AbsorbingProcess, ConfidenceProcess, GaussianProcess
 from di4c_ext.sampler import (
     GuidedDenoiser,
     analytic_times,
     sample_analytic,
     sample_ancestral,
+    sample_confidence,
     sample_hybrid,
     sample_tau_leaping,
     times,
 )
 from di4c_ext.sampler.analytic import Final
-from di4c_ext.systems import latents_of, load_model, process_of
+from di4c_ext.sampler.confidence import Randomize
+from di4c_ext.systems import latents_of, load_model, num_classes_of, process_of
 
-SAMPLERS = ("auto", "ancestral", "analytic", "tau_leaping")
+SAMPLERS = ("auto", "ancestral", "analytic", "tau_leaping", "confidence")
 SILENT = 5.0  # seconds of sampling before a bar is shown
 
 
@@ -44,7 +48,10 @@ class SamplingArguments:
 
     sampler: str = field(
         default="auto",
-        metadata={"help": "auto: ancestral of masked models, analytic of pixel models; tau_leaping: pixel teachers"},
+        metadata={
+            "help": "auto: ancestral of masked models, analytic of pixel models, confidence of image tokens; "
+            "tau_leaping: pixel teachers"
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "below 1: likelier states, 0: the likeliest"})
     final: str = field(default="argmax", metadata={"help": "last denoising of the analytic sampler: argmax or draw"})
@@ -52,6 +59,18 @@ class SamplingArguments:
     hybrid: int = field(default=0, metadata={"help": "evaluations that the teacher takes over at the end"})
     guidance: float | None = field(
         default=None, metadata={"help": "c of teacher + c (student - teacher) on logits; 1 is the student"}
+    )
+
+    class_guidance: float = field(
+        default=0.0,
+        metadata={"help": "image tokens: w, logits (1 + w) of the class - w of no class, w growing by step"},
+    )
+    teacher_guides: bool = field(
+        default=False, metadata={"help": "the logits of no class are the teacher's, not the student's own"}
+    )
+    gumbel: float = field(default=4.5, metadata={"help": "image tokens: noise of the order at the first step"})
+    randomize: str = field(
+        default="linear", metadata={"help": "image tokens, how the order is drawn: linear, warm_up, random or none"}
     )
 
     def __post_init__(self) -> None:
@@ -68,9 +87,24 @@ class SamplingArguments:
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"--guidance {self.guidance}: must be finite; 1 is the student unguided")
 
+        for name in ("class_guidance", "gumbel"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be finite and >= 0")
+        if self.randomize not in get_args(Randomize):
+            raise ValueError(f"--randomize {self.randomize!r}: must be one of {', '.join(get_args(Randomize))}")
+        if self.teacher_guides and not self.class_guidance:
+            raise ValueError("--teacher_guides: there is nothing to guide by; give --class_guidance, e.g. 3")
+
     @property
     def wants_teacher(self) -> bool:
-        return self.hybrid > 0 or self.guidance is not None
+        return self.hybrid > 0 or self.guidance is not None or self.teacher_guides
+
+    @property
+    def wanted(self) -> str:
+        """The flag that wants a teacher."""
+        if self.teacher_guides:
+            return "--teacher_guides"
+        return f"--hybrid {self.hybrid}" if self.hybrid else f"--guidance {self.guidance:g}"
 
 
 _PLAIN = SamplingArguments()
@@ -92,6 +126,7 @@ def generate(
     batch_size: int = 500,
     teacher: MixtureDenoiser | None = None,
     options: SamplingArguments = _PLAIN,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """(N, D) int64 samples on the CPU, each by `num_steps` evaluations of the network.
 
@@ -99,12 +134,15 @@ def generate(
     asked for, up to a draw that falls within the rounding of a network on another batch. teacher: for options.hybrid
     and options.guidance, which evaluates both networks each time; options.last_latents = K adds K - 1 evaluations.
 
+    labels (N,): the classes of the images, for a network that takes some; left out, all of them in turn.
+
     A U-Net on a CPU is left in channels_last, in which it samples faster (that of the preset pixels_small 1.1 to 1.2
     times). Sampling that takes more than a few seconds shows a bar. Raises ValueError as `check_sampling` does.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples {num_samples}, batch_size {batch_size}: each must be at least 1")
     check_sampling(model, num_steps, teacher=teacher, options=options)
+    told = _labels(model.config, num_samples, labels)
     networks: tuple[Any, ...] = (model, teacher)
     for network in networks:
         if network is not None and network.device.type == "cpu" and any(p.ndim == 4 for p in network.parameters()):
@@ -116,14 +154,35 @@ def generate(
         total=len(batches) * num_steps, desc="sampling", unit="evaluation", delay=SILENT, leave=False, mininterval=1
     ) as bar:
         draw = _sampler(model, teacher, num_steps, options, lambda seen: bar.update())
-        return torch.cat([draw(keys).cpu() for keys in batches])
+        if told is None:
+            return torch.cat([draw(keys, None).cpu() for keys in batches])
+        classes = told.to(model.device).split(batch_size)
+        return torch.cat([draw(*both).cpu() for both in zip(batches, classes, strict=True)])
+
+
+def _labels(config: Any, num_samples: int, labels: Tensor | None) -> Tensor | None:
+    """The classes of the samples, checked; None for a network that takes none."""
+    number = num_classes_of(config)
+    if not number:
+        if labels is not None:
+            raise ValueError("labels: this network was trained without classes; leave them out")
+        return None
+    if labels is None:
+        return torch.arange(num_samples) % number
+    if labels.shape != (num_samples,):
+        raise ValueError(f"labels: one for each of the {num_samples} samples is wanted, got {tuple(labels.shape)}")
+    config.check_labels(labels)
+    return labels
 
 
 def sampler_of(model: MixtureDenoiser, options: SamplingArguments = _PLAIN) -> str:
     """The sampler that `auto` means for this model, or the one named."""
     if options.sampler != "auto":
         return options.sampler
-    return "ancestral" if isinstance(process_of(model.config), AbsorbingProcess) else "analytic"
+    process = process_of(model.config)
+    if isinstance(process, ConfidenceProcess):
+        return "confidence"
+    return "ancestral" if isinstance(process, AbsorbingProcess) else "analytic"
 
 
 def check_sampling(
@@ -140,7 +199,7 @@ def check_sampling(
     if teacher is not None:
         check_fit(model, teacher)
     if options.wants_teacher:
-        wanted = f"--hybrid {options.hybrid}" if options.hybrid else f"--guidance {options.guidance:g}"
+        wanted = options.wanted
         if not config.is_student:
             raise ValueError(f"{wanted}: wants a student beside its teacher, the model is a teacher")
         if teacher is None:
@@ -151,7 +210,13 @@ def check_sampling(
         raise ValueError(f"--hybrid {options.hybrid}: more evaluations of the teacher than the {num_steps} there are")
     if options.hybrid and sampler != "analytic":
         raise ValueError(f"--hybrid {options.hybrid}: is for the analytic sampler of pixel models, not for {sampler}")
-    if isinstance(process, AbsorbingProcess) and sampler != "ancestral":
+    if options.guidance is not None and sampler == "confidence":
+        raise ValueError(
+            f"--guidance {options.guidance:g}: is between student and teacher, for the samplers of pixels; "
+            "image tokens have --class_guidance"
+        )
+    _check_confidence(model, sampler, options)
+    if isinstance(process, AbsorbingProcess) and sampler not in ("ancestral", "confidence"):
         raise ValueError(f"--sampler {sampler}: this model is masked, it takes ancestral; leave the flag out")
     if sampler != "analytic" and options.final != "argmax":
         raise ValueError(f"--final {options.final}: is for the analytic sampler, not for {sampler}; leave it out")
@@ -167,6 +232,22 @@ def check_sampling(
             raise ValueError(f"--sampler tau_leaping: is for teachers of GaussianProcess, this is {kind}")
         if options.temperature != 1:
             raise ValueError(f"--temperature {options.temperature:g}: tau_leaping has none; leave it at 1")
+
+
+def _check_confidence(model: MixtureDenoiser, sampler: str, options: SamplingArguments) -> None:
+    """ValueError for options of image tokens that this model does not take, and for the others where it takes these."""
+    is_tokens = isinstance(process_of(model.config), ConfidenceProcess)
+    if is_tokens != (sampler == "confidence"):
+        what = (
+            "is of image tokens, it takes confidence" if is_tokens else "is of pixels, confidence is for image tokens"
+        )
+        raise ValueError(f"--sampler {sampler}: this model {what}; leave the flag out")
+    for name in ("class_guidance", "gumbel", "randomize"):
+        value = getattr(options, name)
+        if not is_tokens and value != getattr(_PLAIN, name):
+            raise ValueError(f"--{name} {value}: is for image tokens, this is another model; leave it out")
+    if options.class_guidance and not num_classes_of(model.config):
+        raise ValueError(f"--class_guidance {options.class_guidance:g}: this network was trained without classes")
 
 
 def check_fit(model: MixtureDenoiser, teacher: MixtureDenoiser) -> None:
@@ -193,8 +274,8 @@ def _sampler(
     num_steps: int,
     options: SamplingArguments,
     callback: Callable[[dict[str, Any]], None],
-) -> Callable[[Tensor], Tensor]:
-    """keys (B,) -> samples (B, D)."""
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """keys (B,), labels (B,) or None -> samples (B, D)."""
     process: Any = process_of(model.config)
     sampler, source = sampler_of(model, options), latents_of(model.config)
     latents = None if source is None else lambda keys: source(keys, 1)[:, 0]
@@ -202,9 +283,24 @@ def _sampler(
     if options.guidance is not None and teacher is not None:
         denoiser = GuidedDenoiser(model, teacher, options.guidance)
 
-    def draw(keys: Tensor) -> Tensor:
+    def draw(keys: Tensor, labels: Tensor | None) -> Tensor:
         x = process.prior((len(keys), model.config.length), keys)
         shared: dict[str, Any] = {"latents": latents, "temperature": options.temperature, "callback": callback}
+        if sampler == "confidence":
+            guide = teacher if options.teacher_guides and teacher is not None else model
+            return sample_confidence(
+                denoiser if labels is None else partial(denoiser, labels=labels),
+                process,
+                x,
+                num_steps,
+                keys,
+                unconditional=partial(guide, drop_label=True) if options.class_guidance else None,
+                guidance=options.class_guidance,
+                hybrid=options.teacher_guides,
+                gumbel=options.gumbel,
+                randomize=options.randomize,  # type: ignore[arg-type]  # checked where it was given
+                **shared,
+            )
         if sampler == "ancestral":
             return sample_ancestral(denoiser, process, x, times(num_steps), keys, **shared)
         grid = analytic_times(num_steps)

@@ -26,11 +26,7 @@ A student of {parameters:,} parameters for {diffusion} diffusion, distilled by D
 ## Use
 
 ```python
-from di4c_ext.data import as_images
-from di4c_ext.generate import generate, open_model
-
-student = open_model("{folder}", is_student=True)
-images = as_images(generate(student, {num_steps}, 64, seed=0), ({shape_tuple}), "{layout}")
+{use}
 ```
 
     python -m di4c_ext.sample --model {folder} --num_steps {num_steps} --num_samples 64 --seed 0
@@ -58,11 +54,26 @@ images = as_images(generate(student, {num_steps}, 64, seed=0), ({shape_tuple}), 
 """
 
 
+_USE = """from di4c_ext.data import as_images
+from di4c_ext.generate import generate, open_model
+
+student = open_model("{folder}", is_student=True)
+images = as_images(generate(student, {num_steps}, 64, seed=0), ({shape_tuple}), "{layout}")"""
+
+_USE_OF_CODES = """from di4c_ext.codes import Decoder, vq_beside
+from di4c_ext.data import as_images
+from di4c_ext.generate import generate, open_model
+
+student, decode = open_model("{folder}", is_student=True), Decoder(vq_beside("{folder}"))
+images = as_images(decode(generate(student, {num_steps}, 64, seed=0)), ({shape_tuple}))"""
+
+
 def protocol(facts: Facts) -> str:
     """What the figures stand on: samples, seeds, references, the feature space."""
     sizes = facts.results["sizes"]
     how = {
         "ancestral": "ancestral sampling",
+        "confidence": "the surest codes first",
         "analytic": "posterior steps on an even grid from 1 to 0.01 and, there, the last denoising "
         + ("to the likeliest levels" if facts.settings.get("final", "argmax") == "argmax" else "by a draw"),
     }[facts.sampler]
@@ -72,6 +83,7 @@ def protocol(facts: Facts) -> str:
             f"{facts.num_samples:,} samples for each figure, {how}, temperature "
             f"{facts.settings.get('temperature', 1.0):g}, seeds {', '.join(map(str, facts.seeds))}.",
             cast(facts),
+            _codes(facts),
             _space(facts),
             f"Distances are to all {sizes['all']:,} real images, or to the {sizes['heldout']:,} held-out ones alone. "
             "A distance falls with the number of samples, so its floor is real against real at this number: as many "
@@ -80,6 +92,13 @@ def protocol(facts: Facts) -> str:
         )
         if part
     )
+
+
+def _codes(facts: Facts) -> str:
+    best = facts.results.get("reconstructions", {}).get(facts.main_figure)
+    if best is None:
+        return ""
+    return f"Samples are codes, decoded to pixels; real images that come back from their own codes score {best:.2f}."
 
 
 def _space(facts: Facts) -> str:
@@ -96,22 +115,28 @@ def _space(facts: Facts) -> str:
 
 def model_card(facts: Facts) -> str:
     """Markdown with YAML metadata, as model hubs read it."""
-    shape = facts.images.shape
+    shape, folder = facts.images.shape, facts.settings.get("output_dir", "runs/digits")
     bounds = facts.results["bounds"]
+    num_steps = 4 if 4 in facts.steps else facts.steps[0]
+    use = _USE_OF_CODES if facts.sampler == "confidence" else _USE
     return TEMPLATE.format(
+        use=use.format(
+            folder=folder,
+            num_steps=num_steps,
+            shape_tuple=", ".join(map(str, shape)),
+            layout=facts.images.layout,
+        ),
         dataset=facts.images.name,
         headline=headline(facts),
         parameters=facts.num_parameters,
         teacher_parameters=facts.teacher_parameters,
         shape=" x ".join(map(str, shape)),
-        shape_tuple=", ".join(map(str, shape)),
-        layout=facts.images.layout,
         diffusion=facts.diffusion,
-        num_steps=4 if 4 in facts.steps else facts.steps[0],
+        num_steps=num_steps,
         bounds_name=facts.bounds_name[0].upper() + facts.bounds_name[1:],
         num_states=facts.images.num_states,
         latents=latent_verdict(facts),
-        folder=facts.settings.get("output_dir", "runs/digits"),
+        folder=folder,
         protocol=protocol(facts),
         tables="\n\n".join(_table(facts, figure) for figure in facts.figures),
         train_bound=bounds["train"],

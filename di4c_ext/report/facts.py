@@ -21,7 +21,12 @@ FIGURES = {
     "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
 }
 MODELS = ("teacher", "student", "hybrid", "guided")  # in the order of tables
-DIFFUSIONS = {"absorbing": "masked", "gaussian": "discretised Gaussian", "uniform": "uniform"}  # by --process
+DIFFUSIONS = {
+    "absorbing": "masked",
+    "confidence": "masked",
+    "gaussian": "discretised Gaussian",
+    "uniform": "uniform",
+}  # by --process
 MATTERS = 0.1  # nats an image below which the latents are called unused
 
 
