@@ -112,19 +112,9 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
     figure = plt.figure(figsize=(13, 5.2), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=(1.75, 1.25))
     recipes.samples_panel(panels[0], samples, scale.shown, part=0.5)
-    recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, _ticks(seeds, scale))
+    recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, recipes.ticks(seeds, MODELS, scale.steps))
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _ticks(seeds: Seeds, scale: Scale) -> list[float]:
-    """1, 2 and 5 times powers of ten, from about the lowest value to about the highest."""
-    values = [
-        recipes.distances(measured, model)[n] for measured in seeds.values() for model in MODELS for n in scale.steps
-    ]
-    floors = [measured["floors"][recipes.FIGURE] for measured in seeds.values()]
-    low, high = min([*values, *floors]), max(values)
-    return [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5) if 0.8 * low <= m * 10.0**e <= 1.2 * high]
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

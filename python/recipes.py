@@ -87,6 +87,14 @@ def curves(ax: Any, seeds: Seeds, models: Sequence[str], steps: Sequence[int], t
     ax.legend(frameon=False)
 
 
+def ticks(seeds: Seeds, models: Sequence[str], steps: Sequence[int]) -> list[float]:
+    """1, 2 and 5 times powers of ten, from about the lowest value to about the highest."""
+    values = [distances(measured, model)[n] for measured in seeds.values() for model in models for n in steps]
+    floors = [measured["floors"][FIGURE] for measured in seeds.values()]
+    low, high = min([*values, *floors]), max(values)
+    return [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5) if 0.8 * low <= m * 10.0**e <= 1.2 * high]
+
+
 def samples_panel(panel: Any, folder: Path, steps: Sequence[int], part: float = 1.0) -> None:
     """Teacher above student at few steps; `folder` holds a run's PNGs, of which the first `part` of each side shows."""
     from matplotlib import pyplot as plt

@@ -77,7 +77,7 @@ def test_picture_of_a_run(tmp_path: Path) -> None:
     file = tmp_path / "pixels.png"
     pixels.picture(pixels.SCALES["small"], {0: measured()}, tmp_path, file)
     assert plt.imread(file).shape[:2] == (572, 1430)
-    assert pixels._ticks({0: measured()}, pixels.SCALES["small"]) == [2, 5, 10, 20, 50, 100, 200]
+    assert pixels.recipes.ticks({0: measured()}, pixels.MODELS, (5, 10, 20, 40)) == [2, 5, 10, 20, 50, 100, 200]
 
 
 def _settings(argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[list[Any], dict[str, Any]]:

@@ -1,0 +1,193 @@
+"""The image-token system: a VQ model, a teacher of its codes by class, its few-step student, by number of steps.
+
+    python python/tokens.py                  # Fashion-MNIST in 7 x 7 codes, within an hour on two CPU cores
+    python python/tokens.py --scale paper --vq_model VQGAN --teacher_model_name_or_path MASKGIT \\
+        --eval_feature_extractor NAME        # the published setting: ImageNet 256, 50,000 samples, days on a GPU
+
+First a VQ model is trained (`di4c_ext.pretrain --kind vq`), once for all seeds, unless one is named. Then each seed
+trains a teacher and its student with `di4c_ext.distill` (its preset `tokens_small`, or `tokens`) and samples both at
+several numbers of steps, every class as often as among the images. A run that was stopped is gone on with. Flags it
+does not know go to di4c_ext.distill, those that begin with --vq_ to the VQ model's training.
+
+Into python/results/ go the table (tokens.md), every figure (tokens.json) and a picture (tokens.png: class grids of the
+first seed, a column for each class, and the curves of all); the published scale writes tokens-paper.*. Exit code 1 if a
+seed misses what the method promises: the student at 4 steps at or below the teacher at 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import recipes
+from recipes import Measured, Seeds
+
+MODELS = ("teacher", "student")
+FIGURES = {
+    recipes.FIGURE: "Fréchet distance, features of a classifier",
+    "label_score": "Inception-style score by the labels' own classifier",
+    "extractor_score": "Inception-style score by the named feature extractor",
+    "frechet_pixels": "Fréchet distance, raw pixels",
+}
+SHARED = (  # flags of both trainings
+    *("--dataset_name", "--dataset_config", "--dataset_train_split", "--num_states", "--image_size", "--grayscale"),
+    *("--heldout_fraction", "--use_cpu", "--disable_tqdm"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A setting of the recipe: the preset it trains by, and how it measures."""
+
+    name: str
+    preset: str
+    steps: tuple[int, ...]
+    shown: tuple[int, ...]  # those whose samples are in the picture
+    num_samples: int
+
+
+SCALES = {
+    "small": Scale("tokens", "tokens_small", (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), 1000),
+    "paper": Scale("tokens-paper", "tokens", (4, 8), (4, 8), 50_000),
+}
+
+
+def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of the VQ model's training and those of distill: --vq_NAME is the former's, images are both's."""
+    groups: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    of_vq, others = [], []
+    for name, *values in groups:
+        if name.startswith("--vq_"):
+            of_vq += ["--" + name.removeprefix("--vq_"), *values]
+            continue
+        others += [name, *values]
+        if name.split("=")[0] in SHARED:
+            of_vq += [name, *values]
+    return of_vq, others
+
+
+def vq_flags(scale: Scale, output: Path, flags: Sequence[str]) -> list[str]:
+    """The flags of the VQ model's training; one that `output` holds is gone on with."""
+    argv = ["--preset", scale.preset, "--kind", "vq", "--output_dir", str(output)]
+    return [*argv, *_resume(output / "pretrain_config.yaml"), *split_flags(flags)[0]]
+
+
+def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """The flags of one seed's run; a run that `output` holds is gone on with."""
+    argv = ["--preset", scale.preset, "--seed", str(seed), "--teacher_seed", str(seed)]
+    argv += ["--vq_model", str(args.vq_model or args.runs / "vq")]
+    argv += ["--eval_num_steps", *map(str, scale.steps), "--eval_seeds", *map(str, args.sampling_seeds)]
+    argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
+    if args.eval_feature_extractor is not None:
+        argv += ["--eval_feature_extractor", args.eval_feature_extractor]
+    return [*argv, *_resume(output / "distill_config.yaml"), *split_flags(flags)[1]]
+
+
+def _resume(stored: Path) -> list[str]:
+    return ["--resume"] if stored.is_file() else []
+
+
+def train_vq(scale: Scale, output: Path, flags: Sequence[str]) -> None:
+    """The VQ model into `output`, unless it is there."""
+    from di4c_ext import pretrain
+
+    if (output / "model.safetensors").is_file():
+        return
+    if pretrain.main(vq_flags(scale, output, flags)) != 0:
+        raise SystemExit("VQ model: stopped before its end; run again")
+
+
+def promises(measured: Measured) -> dict[str, bool]:
+    """What the student must do, in words, and whether this seed's does."""
+    teacher, student = (recipes.distances(measured, model) for model in MODELS)
+    return {"student at 4 <= teacher at 8": student[4] <= teacher[8]}
+
+
+def report(scale: Scale, seeds: Seeds) -> str:
+    """The results as Markdown."""
+    first = next(iter(seeds.values()))
+    rows, floors = first["rows"], first["floors"]
+    count, drawn = rows[0]["num_samples"], len({row["seed"] for row in rows})
+    lines = [
+        "# Image tokens: teacher and student by number of sampling steps",
+        "",
+        f"Preset `{scale.preset}`. {count:,} samples for each figure"
+        + (f", means of {drawn} sampling seeds" if drawn > 1 else "")
+        + ", classes as often as among the images, codes decoded to pixels. Distances of finite samples depend on "
+        "their number, so the real images' values beside each table are those of as many real images, against all "
+        "the others.",
+        "",
+    ]
+    for figure, name in FIGURES.items():
+        if figure in floors:
+            best = first["reconstructions"][figure]
+            lines += [f"{name}; real images: {floors[figure]:.2f}, come back from their own codes: {best:.2f}", ""]
+            lines += [*recipes.table(seeds, MODELS, scale.steps, figure), ""]
+    if first["accuracy"] is not None:
+        right = f"is right on {first['accuracy']:.1%} of the held-out ones"
+        lines += [f"The classifier, trained on the labels of the training images, {right}.", ""]
+    lines += [*recipes.kept_table(seeds, promises), "", *recipes.bounds_table(seeds), ""]
+    lines += [f"Of the teacher: {first['bounds_name']}, on training and held-out images.", ""]
+    for seed, measured in seeds.items():
+        spent = ", ".join(f"{phase} {seconds / 60:.1f}" for phase, seconds in measured["seconds"].items())
+        lines.append(f"Minutes of seed {seed}: {spent}.")
+    return "\n".join(lines) + "\n"
+
+
+def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
+    """Class grids of teacher and student beside the two curves; `samples` is a run's folder of PNGs."""
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(15, 5.2), layout="constrained")
+    panels: Any = figure.subfigures(1, 2, width_ratios=(2.2, 1.0))
+    recipes.samples_panel(panels[0], samples, scale.shown)
+    recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, recipes.ticks(seeds, MODELS, scale.steps))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This program's own flags, and those for di4c_ext.distill."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(SCALES), default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
+    parser.add_argument("--sampling_seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of sampling")
+    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
+    parser.add_argument("--vq_model", type=Path, help="folder of a VQ model; default: RUNS/vq, which is trained first")
+    parser.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
+    parser.add_argument("--runs", type=Path, help="folder of the runs, one a seed; default: runs/tokens[-paper]-seeds")
+    parser.add_argument("--results", type=Path, default=recipes.RESULTS, help="folder of the table and the picture")
+    args, flags = parser.parse_known_args(argv)
+    if args.scale == "paper" and (args.eval_feature_extractor is None or args.vq_model is None):
+        parser.error("--scale paper: name a --vq_model, and the feature space by --eval_feature_extractor")
+    args.runs = args.runs or Path(f"runs/{SCALES[args.scale].name}-seeds")
+    return args, flags
+
+
+def main(argv: Sequence[str]) -> int:
+    args, flags = parsed(argv)
+    scale = SCALES[args.scale]
+    if args.vq_model is None:
+        train_vq(scale, args.runs / "vq", flags)
+    folders = {seed: args.runs / f"seed-{seed}" for seed in sorted(args.seeds)}
+    seeds = {
+        seed: recipes.train_and_measure(seed, output, flags_of(scale, seed, output, args, flags))
+        for seed, output in folders.items()
+    }
+    text = report(scale, seeds)
+    recipes.save(scale.name, text, seeds, args.results)
+    picture(scale, seeds, folders[min(seeds)] / "samples", args.results / f"{scale.name}.png")
+    print(text)
+    return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
