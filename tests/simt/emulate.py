@@ -115,7 +115,7 @@ def driver(*, runs: bool = True) -> Path:
             objects = [str(o) for o in pool.map(compile_unit, largest_first)]
         _call([compiler, "-rdynamic", *_SANITIZERS, *objects, "-o", str(work / "driver")])
         folder.mkdir(exist_ok=True)
-        (work / "driver").replace(program)  # whole or not at all, should two sessions build at once
+        (work / "driver").replace(program)  # whole or not at all, should two runs build at once
     finally:
         shutil.rmtree(work)
     return program
