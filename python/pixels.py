@@ -20,50 +20,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import recipes
-from recipes import Measured, Seeds
+from recipes import Measured, Scale, Seeds
 
 MODELS = ("teacher", "student", "hybrid")
-FIGURES = {
-    recipes.FIGURE: "Fréchet distance, features of a classifier",
-    "label_score": "Inception-style score by the labels' own classifier",
-    "extractor_score": "Inception-style score by the named feature extractor",
-    "frechet_pixels": "Fréchet distance, raw pixels",
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A setting of the recipe: the preset it trains by, and how it measures."""
-
-    name: str
-    preset: str
-    steps: tuple[int, ...]  # network evaluations
-    shown: tuple[int, ...]  # those whose samples are in the picture
-    hybrid: int  # the teacher's last evaluations in a hybrid
-    num_samples: int
-
-
 # Small: 75 evaluations of 1,000 images for each of three models are 7.5 minutes at 500 images a second.
 SCALES = {
-    "small": Scale("pixels", "pixels_small", (5, 10, 20, 40), (5, 10, 20), 2, 1000),
-    "paper": Scale("pixels-paper", "pixels", (10, 20, 40), (10, 20, 40), 5, 50_000),
+    "small": Scale("pixels", "pixels_small", (5, 10, 20, 40), (5, 10, 20), 1000, hybrid=2),
+    "paper": Scale("pixels-paper", "pixels", (10, 20, 40), (10, 20, 40), 50_000, hybrid=5),
 }
 
 
 def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
     """The flags of one seed's run; a run that `output` holds is gone on with."""
-    argv = ["--preset", scale.preset, "--seed", str(seed), "--teacher_seed", str(seed)]
-    argv += ["--eval_num_steps", *map(str, scale.steps), "--hybrid", str(scale.hybrid)]
-    argv += ["--eval_seeds", *map(str, args.sampling_seeds)]
-    argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
-    if args.eval_feature_extractor is not None:
-        argv += ["--eval_feature_extractor", args.eval_feature_extractor]
-    return [*argv, *(["--resume"] if (output / "distill_config.yaml").is_file() else []), *flags]
+    return [*recipes.run_flags(scale, seed, output, args), "--hybrid", str(scale.hybrid), *flags]
 
 
 def promises(measured: Measured) -> dict[str, bool]:
@@ -77,31 +50,16 @@ def promises(measured: Measured) -> dict[str, bool]:
 
 def report(scale: Scale, seeds: Seeds) -> str:
     """The results as Markdown."""
-    first = next(iter(seeds.values()))
-    rows, floors = first["rows"], first["floors"]
-    count, drawn = rows[0]["num_samples"], len({row["seed"] for row in rows})
     lines = [
         "# Pixels: teacher, student and hybrid by number of network evaluations",
         "",
-        f"Preset `{scale.preset}`. {count:,} samples for each figure"
-        + (f", means of {drawn} sampling seeds" if drawn > 1 else "")
-        + f". In the hybrid the last {scale.hybrid} evaluations are the teacher's. Distances of finite samples depend "
-        "on their number, so the real images' values beside each table are those of as many real images, against all "
-        "the others.",
+        f"{recipes.counted(scale, next(iter(seeds.values())))}. In the hybrid the last {scale.hybrid} evaluations are "
+        "the teacher's. Distances of finite samples depend on their number, so the real images' values beside each "
+        "table are those of as many real images, against all the others.",
         "",
+        *recipes.figures(seeds, MODELS, scale.steps, lambda run, figure: f"real images: {run['floors'][figure]:.2f}"),
+        *recipes.closing(seeds, promises),
     ]
-    for figure, name in FIGURES.items():
-        if figure in floors:
-            lines += [f"{name}; real images: {floors[figure]:.2f}", ""]
-            lines += [*recipes.table(seeds, MODELS, scale.steps, figure), ""]
-    if first["accuracy"] is not None:
-        right = f"is right on {first['accuracy']:.1%} of the held-out ones"
-        lines += [f"The classifier, trained on the labels of the training images, {right}.", ""]
-    lines += [*recipes.kept_table(seeds, promises), "", *recipes.bounds_table(seeds), ""]
-    lines += [f"Of the teacher: {first['bounds_name']}, on training and held-out images.", ""]
-    for seed, measured in seeds.items():
-        spent = ", ".join(f"{phase} {seconds / 60:.1f}" for phase, seconds in measured["seconds"].items())
-        lines.append(f"Minutes of seed {seed}: {spent}.")
     return "\n".join(lines) + "\n"
 
 
@@ -119,14 +77,7 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and those for di4c_ext.distill."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=list(SCALES), default="small")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
-    parser.add_argument("--sampling_seeds", type=int, nargs="+", default=[0], help="each adds 7 minutes at scale small")
-    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
-    parser.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
-    parser.add_argument("--runs", type=Path, help="folder of the runs, one a seed; default: runs/pixels[-paper]-seeds")
-    parser.add_argument("--results", type=Path, default=recipes.RESULTS, help="folder of the table and the picture")
+    parser = recipes.parser(__doc__, "pixels", SCALES, [0], "each adds 7 minutes at scale small")
     args, flags = parser.parse_known_args(argv)
     if args.scale == "paper" and args.eval_feature_extractor is None:
         parser.error("--scale paper: name the feature space by --eval_feature_extractor, a folder or name")
@@ -137,16 +88,9 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> int:
     args, flags = parsed(argv)
     scale = SCALES[args.scale]
-    folders = {seed: args.runs / f"seed-{seed}" for seed in sorted(args.seeds)}
-    seeds = {
-        seed: recipes.train_and_measure(seed, output, flags_of(scale, seed, output, args, flags))
-        for seed, output in folders.items()
-    }
-    text = report(scale, seeds)
-    recipes.save(scale.name, text, seeds, args.results)
-    picture(scale, seeds, folders[min(seeds)] / "samples", args.results / f"{scale.name}.png")
-    print(text)
-    return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
+    return recipes.run(
+        scale, args, lambda seed, output: flags_of(scale, seed, output, args, flags), report, picture, promises
+    )
 
 
 if __name__ == "__main__":

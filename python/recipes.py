@@ -2,17 +2,85 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FIGURE = "frechet_features"
+FIGURES = {
+    FIGURE: "Fréchet distance, features of a classifier",
+    "label_score": "Inception-style score by the labels' own classifier",
+    "extractor_score": "Inception-style score by the named feature extractor",
+    "frechet_pixels": "Fréchet distance, raw pixels",
+}
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"teacher": "#b5651d", "student": "#1f5fbf", "hybrid": "#2b8a78"}
 
 Measured = dict[str, Any]  # what a run wrote as evaluation.json
 Seeds = dict[int, Measured]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A setting of a recipe: the preset it trains by, and how it measures."""
+
+    name: str
+    preset: str
+    steps: tuple[int, ...]  # network evaluations
+    shown: tuple[int, ...]  # those whose samples are in the picture
+    num_samples: int
+    hybrid: int = 0  # the teacher's last evaluations in a hybrid
+
+
+def parser(
+    description: str | None, name: str, scales: Mapping[str, Scale], sampling_seeds: Sequence[int], seed_costs: str
+) -> argparse.ArgumentParser:
+    """The flags that recipes with scales share."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--scale", choices=list(scales), default="small")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
+    flags.add_argument("--sampling_seeds", type=int, nargs="+", default=list(sampling_seeds), help=seed_costs)
+    flags.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
+    flags.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
+    flags.add_argument("--runs", type=Path, help=f"folder of the runs, one a seed; default: runs/{name}[-paper]-seeds")
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
+    return flags
+
+
+def run_flags(scale: Scale, seed: int, output: Path, args: argparse.Namespace) -> list[str]:
+    """What di4c_ext.distill is told of one seed by every such recipe; a run that `output` holds is gone on with."""
+    argv = ["--preset", scale.preset, "--seed", str(seed), "--teacher_seed", str(seed)]
+    argv += ["--eval_num_steps", *map(str, scale.steps), "--eval_seeds", *map(str, args.sampling_seeds)]
+    argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
+    if args.eval_feature_extractor is not None:
+        argv += ["--eval_feature_extractor", args.eval_feature_extractor]
+    return [*argv, *resumed(output / "distill_config.yaml")]
+
+
+def resumed(stored: Path) -> list[str]:
+    """The flag that goes on with the run whose settings lie there, if one does."""
+    return ["--resume"] if stored.is_file() else []
+
+
+def run(
+    scale: Scale,
+    args: argparse.Namespace,
+    flags_of: Callable[[int, Path], Sequence[str]],
+    report: Callable[[Scale, Seeds], str],
+    picture: Callable[[Scale, Seeds, Path, Path], None],
+    promises: Callable[[Measured], dict[str, bool]],
+) -> int:
+    """Every seed's run, and what is written of them; the exit code. flags_of: (seed, its output) -> flags."""
+    folders = {seed: args.runs / f"seed-{seed}" for seed in sorted(args.seeds)}
+    seeds = {seed: train_and_measure(seed, output, flags_of(seed, output)) for seed, output in folders.items()}
+    text = report(scale, seeds)
+    save(scale.name, text, seeds, args.results)
+    picture(scale, seeds, folders[min(seeds)] / "samples", args.results / f"{scale.name}.png")
+    print(text)
+    return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
 
 
 def train_and_measure(seed: int, output: Path, flags: Sequence[str]) -> Measured:
@@ -48,6 +116,40 @@ def table(seeds: Seeds, models: Sequence[str], steps: Sequence[int], figure: str
         for model in models:
             means = [mean([found[seed, model][n] for seed in seeds]) for n in steps]
             lines.append(f"| mean | **{model}** | " + " | ".join(f"**{value:.2f}**" for value in means) + " |")
+    return lines
+
+
+def counted(scale: Scale, measured: Measured) -> str:
+    """How many samples a figure stands on, and of how many sampling seeds it is the mean."""
+    rows = measured["rows"]
+    drawn = len({row["seed"] for row in rows})
+    means = f", means of {drawn} sampling seeds" if drawn > 1 else ""
+    return f"Preset `{scale.preset}`. {rows[0]['num_samples']:,} samples for each figure{means}"
+
+
+def figures(
+    seeds: Seeds, models: Sequence[str], steps: Sequence[int], real: Callable[[Measured, str], str]
+) -> list[str]:
+    """A table of every figure that was measured; real: what real images score, in words."""
+    lines = []
+    first = next(iter(seeds.values()))
+    for figure, name in FIGURES.items():
+        if figure in first["floors"]:
+            lines += [f"{name}; {real(first, figure)}", "", *table(seeds, models, steps, figure), ""]
+    return lines
+
+
+def closing(seeds: Seeds, promises: Callable[[Measured], dict[str, bool]]) -> list[str]:
+    """The classifier's worth, the promises, what the teachers know, and how long all took."""
+    first, lines = next(iter(seeds.values())), []
+    if first["accuracy"] is not None:
+        right = f"is right on {first['accuracy']:.1%} of the held-out ones"
+        lines += [f"The classifier, trained on the labels of the training images, {right}.", ""]
+    lines += [*kept_table(seeds, promises), "", *bounds_table(seeds), ""]
+    lines += [f"Of the teacher: {first['bounds_name']}, on training and held-out images.", ""]
+    for seed, measured in seeds.items():
+        spent = ", ".join(f"{phase} {seconds / 60:.1f}" for phase, seconds in measured["seconds"].items())
+        lines.append(f"Minutes of seed {seed}: {spent}.")
     return lines
 
 

@@ -19,36 +19,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import recipes
-from recipes import Measured, Seeds
+from recipes import Measured, Scale, Seeds
 
 MODELS = ("teacher", "student")
-FIGURES = {
-    recipes.FIGURE: "Fréchet distance, features of a classifier",
-    "label_score": "Inception-style score by the labels' own classifier",
-    "extractor_score": "Inception-style score by the named feature extractor",
-    "frechet_pixels": "Fréchet distance, raw pixels",
-}
 SHARED = (  # flags of both trainings
     *("--dataset_name", "--dataset_config", "--dataset_train_split", "--num_states", "--image_size", "--grayscale"),
     *("--heldout_fraction", "--use_cpu", "--disable_tqdm"),
 )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A setting of the recipe: the preset it trains by, and how it measures."""
-
-    name: str
-    preset: str
-    steps: tuple[int, ...]
-    shown: tuple[int, ...]  # those whose samples are in the picture
-    num_samples: int
-
 
 SCALES = {
     "small": Scale("tokens", "tokens_small", (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), 1000),
@@ -77,22 +58,13 @@ def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
 def vq_flags(scale: Scale, output: Path, flags: Sequence[str]) -> list[str]:
     """The flags of the VQ model's training; one that `output` holds is gone on with."""
     argv = ["--preset", scale.preset, "--kind", "vq", "--output_dir", str(output)]
-    return [*argv, *_resume(output / "pretrain_config.yaml"), *split_flags(flags)[0]]
+    return [*argv, *recipes.resumed(output / "pretrain_config.yaml"), *split_flags(flags)[0]]
 
 
 def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
     """The flags of one seed's run; a run that `output` holds is gone on with."""
-    argv = ["--preset", scale.preset, "--seed", str(seed), "--teacher_seed", str(seed)]
-    argv += ["--vq_model", str(args.vq_model or args.runs / "vq")]
-    argv += ["--eval_num_steps", *map(str, scale.steps), "--eval_seeds", *map(str, args.sampling_seeds)]
-    argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
-    if args.eval_feature_extractor is not None:
-        argv += ["--eval_feature_extractor", args.eval_feature_extractor]
-    return [*argv, *_resume(output / "distill_config.yaml"), *split_flags(flags)[1]]
-
-
-def _resume(stored: Path) -> list[str]:
-    return ["--resume"] if stored.is_file() else []
+    vq_model = args.vq_model or args.runs / "vq"
+    return [*recipes.run_flags(scale, seed, output, args), "--vq_model", str(vq_model), *split_flags(flags)[1]]
 
 
 def train_vq(scale: Scale, output: Path, flags: Sequence[str]) -> None:
@@ -113,33 +85,22 @@ def promises(measured: Measured) -> dict[str, bool]:
 
 def report(scale: Scale, seeds: Seeds) -> str:
     """The results as Markdown."""
-    first = next(iter(seeds.values()))
-    rows, floors = first["rows"], first["floors"]
-    count, drawn = rows[0]["num_samples"], len({row["seed"] for row in rows})
     lines = [
         "# Image tokens: teacher and student by number of sampling steps",
         "",
-        f"Preset `{scale.preset}`. {count:,} samples for each figure"
-        + (f", means of {drawn} sampling seeds" if drawn > 1 else "")
-        + ", classes as often as among the images, codes decoded to pixels. Distances of finite samples depend on "
-        "their number, so the real images' values beside each table are those of as many real images, against all "
-        "the others.",
+        f"{recipes.counted(scale, next(iter(seeds.values())))}, classes as often as among the images, codes decoded to "
+        "pixels. Distances of finite samples depend on their number, so the real images' values beside each table are "
+        "those of as many real images, against all the others.",
         "",
+        *recipes.figures(seeds, MODELS, scale.steps, _real),
+        *recipes.closing(seeds, promises),
     ]
-    for figure, name in FIGURES.items():
-        if figure in floors:
-            best = first["reconstructions"][figure]
-            lines += [f"{name}; real images: {floors[figure]:.2f}, come back from their own codes: {best:.2f}", ""]
-            lines += [*recipes.table(seeds, MODELS, scale.steps, figure), ""]
-    if first["accuracy"] is not None:
-        right = f"is right on {first['accuracy']:.1%} of the held-out ones"
-        lines += [f"The classifier, trained on the labels of the training images, {right}.", ""]
-    lines += [*recipes.kept_table(seeds, promises), "", *recipes.bounds_table(seeds), ""]
-    lines += [f"Of the teacher: {first['bounds_name']}, on training and held-out images.", ""]
-    for seed, measured in seeds.items():
-        spent = ", ".join(f"{phase} {seconds / 60:.1f}" for phase, seconds in measured["seconds"].items())
-        lines.append(f"Minutes of seed {seed}: {spent}.")
     return "\n".join(lines) + "\n"
+
+
+def _real(run: Measured, figure: str) -> str:
+    best = run["reconstructions"][figure]
+    return f"real images: {run['floors'][figure]:.2f}, come back from their own codes: {best:.2f}"
 
 
 def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
@@ -156,15 +117,8 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and those for di4c_ext.distill."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=list(SCALES), default="small")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
-    parser.add_argument("--sampling_seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of sampling")
-    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
+    parser = recipes.parser(__doc__, "tokens", SCALES, [0, 1, 2], "seeds of sampling")
     parser.add_argument("--vq_model", type=Path, help="folder of a VQ model; default: RUNS/vq, which is trained first")
-    parser.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
-    parser.add_argument("--runs", type=Path, help="folder of the runs, one a seed; default: runs/tokens[-paper]-seeds")
-    parser.add_argument("--results", type=Path, default=recipes.RESULTS, help="folder of the table and the picture")
     args, flags = parser.parse_known_args(argv)
     if args.scale == "paper" and (args.eval_feature_extractor is None or args.vq_model is None):
         parser.error("--scale paper: name a --vq_model, and the feature space by --eval_feature_extractor")
@@ -177,16 +131,9 @@ def main(argv: Sequence[str]) -> int:
     scale = SCALES[args.scale]
     if args.vq_model is None:
         train_vq(scale, args.runs / "vq", flags)
-    folders = {seed: args.runs / f"seed-{seed}" for seed in sorted(args.seeds)}
-    seeds = {
-        seed: recipes.train_and_measure(seed, output, flags_of(scale, seed, output, args, flags))
-        for seed, output in folders.items()
-    }
-    text = report(scale, seeds)
-    recipes.save(scale.name, text, seeds, args.results)
-    picture(scale, seeds, folders[min(seeds)] / "samples", args.results / f"{scale.name}.png")
-    print(text)
-    return 0 if all(all(promises(measured).values()) for measured in seeds.values()) else 1
+    return recipes.run(
+        scale, args, lambda seed, output: flags_of(scale, seed, output, args, flags), report, picture, promises
+    )
 
 
 if __name__ == "__main__":
