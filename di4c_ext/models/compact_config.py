@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from di4c_ext.models import config_checks
+
 
 class CompactConfig(PreTrainedConfig):
     """Settings of a `CompactDenoiser`.
@@ -61,10 +63,8 @@ class CompactConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("num_states", "length", "hidden_size", "num_blocks", "latent_dim", "latent_hidden_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"CompactConfig: {name} must be an integer of at least 1, got {value!r}")
+        counts = ("num_states", "length", "hidden_size", "num_blocks", "latent_dim", "latent_hidden_size")
+        config_checks.integers(self, counts)
         if not isinstance(self.augmentation_dim, int) or self.augmentation_dim < 0:
             raise ValueError(f"CompactConfig: augmentation_dim must be an integer >= 0, got {self.augmentation_dim!r}")
         if not isinstance(self.mask_id, int) or not 0 <= self.mask_id <= self.num_states:
@@ -72,10 +72,8 @@ class CompactConfig(PreTrainedConfig):
                 f"CompactConfig: mask_id must lie in 0..num_states = {self.num_states} "
                 f"(num_states itself: a state of its own), got {self.mask_id!r}"
             )
-        if not 0 <= self.latent_gate < float("inf"):
-            raise ValueError(f"CompactConfig: latent_gate must be finite and >= 0, got {self.latent_gate!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"CompactConfig: dropout must lie in [0, 1), got {self.dropout!r}")
+        config_checks.not_negative(self, "latent_gate")
+        config_checks.shares(self, "dropout")
 
     @property
     def num_inputs(self) -> int:

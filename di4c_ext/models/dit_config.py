@@ -7,9 +7,9 @@ from typing import Any, get_args
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from di4c_ext.models import config_checks
 from di4c_ext.models.latent import LatentLaw
 from di4c_ext.models.token_config import LatentForm
-from di4c_ext.names import nearest
 from di4c_ext.process.schedules import SCHEDULES
 
 _COUNTS = (
@@ -123,10 +123,8 @@ class DiTConfig(PreTrainedConfig):
             )
 
     def _check(self) -> None:
-        for name, least in [*((name, 1) for name in _COUNTS), ("vocab_size", 2)]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"DiTConfig: {name} must be an integer of at least {least}, got {value!r}")
+        config_checks.integers(self, _COUNTS)
+        config_checks.integers(self, ["vocab_size"], 2)
         if not isinstance(self.mask_id, int) or not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(
                 f"DiTConfig: mask_id must lie in 0..{self.vocab_size - 1}, the ids of vocab_size, got {self.mask_id!r}"
@@ -136,31 +134,16 @@ class DiTConfig(PreTrainedConfig):
                 "DiTConfig: hidden_size must be a multiple of 2 * num_heads (rotations turn pairs), "
                 f"got {self.hidden_size} and {self.num_heads}"
             )
-        if self.latent_embed_dim < 4 or self.latent_embed_dim % 2:
-            raise ValueError(f"DiTConfig: latent_embed_dim must be even and at least 4, got {self.latent_embed_dim}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"DiTConfig: dropout must lie in [0, 1), got {self.dropout!r}")
-        if not 0 < self.latent_scale < float("inf"):
-            raise ValueError(f"DiTConfig: latent_scale must be finite and > 0, got {self.latent_scale!r}")
-        if not 0 <= self.latent_gate < float("inf"):
-            raise ValueError(f"DiTConfig: latent_gate must be finite and >= 0, got {self.latent_gate!r}")
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("latent_form", get_args(LatentForm)),
-            ("latent_law", get_args(LatentLaw)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"DiTConfig: {name} must be one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
-                )
+        config_checks.even_embedding(self, "latent_embed_dim")
+        config_checks.shares(self, "dropout")
+        config_checks.positive(self, "latent_scale")
+        config_checks.not_negative(self, "latent_gate")
+        config_checks.one_of(self, "schedule", SCHEDULES)
+        config_checks.one_of(self, "latent_form", get_args(LatentForm))
+        config_checks.one_of(self, "latent_law", get_args(LatentLaw))
         if self.time_conditioning and self.schedule != "log_linear":
             raise ValueError(
                 "DiTConfig: time_conditioning shows the noise level -log alpha(t), which of the schedules only "
                 f"log_linear keeps finite, got {self.schedule!r}"
             )
-        if self.latent_form == "token" and self.latent_dim != 1:
-            raise ValueError(
-                f"DiTConfig: a latent that is one token, as published, is one number; got latent_dim "
-                f"{self.latent_dim}. Set latent_form 'added' for more"
-            )
+        config_checks.token_latent(self)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from di4c_ext.models import config_checks
 from di4c_ext.models.latent import LatentLaw
 from di4c_ext.models.teacher import TeacherDescription
 
@@ -60,10 +61,7 @@ class Di4CMaskedLMConfig(PreTrainedConfig):
         self.lora = lora
         self.hidden_logits = hidden_logits
         super().__init__(**kwargs)
-        for name in ("latent_dim", "latent_hidden_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Di4CMaskedLMConfig: {name} must be an integer of at least 1, got {value!r}")
+        config_checks.integers(self, ("latent_dim", "latent_hidden_size"))
         if latent_law not in get_args(LatentLaw):
             raise ValueError(f"Di4CMaskedLMConfig: latent_law must be one of {get_args(LatentLaw)}, got {latent_law!r}")
         if lora is not None and not is_student:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from di4c_ext.models import config_checks
 from di4c_ext.models.latent import LatentLaw
-from di4c_ext.names import nearest
 from di4c_ext.process.schedules import SCHEDULES
 
 LatentForm = Literal["token", "added"]
@@ -132,39 +132,22 @@ class TokenConfig(PreTrainedConfig):
     def _check(self) -> None:
         if len(self.grid) != 2:
             raise ValueError(f"TokenConfig: grid must be one number, or height and width, got {self.grid}")
-        least = [*((name, getattr(self, name), 1) for name in _COUNTS), *(("grid", n, 1) for n in self.grid)]
-        for name, value, lowest in [*least, ("num_classes", self.num_classes, 0)]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"TokenConfig: {name} must be an integer of at least {lowest}, got {value!r}")
+        config_checks.integers(self, _COUNTS)
+        for size in self.grid:
+            config_checks.integer(self, "grid", size)
+        config_checks.integers(self, ["num_classes"], 0)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"TokenConfig: num_heads must divide hidden_size {self.hidden_size}, got {self.num_heads!r}"
             )
-        if self.latent_embed_dim < 4 or self.latent_embed_dim % 2:
-            raise ValueError(f"TokenConfig: latent_embed_dim must be even and at least 4, got {self.latent_embed_dim}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"TokenConfig: {name} must lie in [0, 1), got {getattr(self, name)!r}")
-        for name in ("embedding_std", "latent_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"TokenConfig: {name} must be finite and > 0, got {getattr(self, name)!r}")
-        if not 0 <= self.latent_gate < float("inf"):
-            raise ValueError(f"TokenConfig: latent_gate must be finite and >= 0, got {self.latent_gate!r}")
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("latent_form", get_args(LatentForm)),
-            ("latent_law", get_args(LatentLaw)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"TokenConfig: {name} must be one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
-                )
-        if self.latent_form == "token" and self.latent_dim != 1:
-            raise ValueError(
-                f"TokenConfig: a latent that is one token, as published, is one number; got latent_dim "
-                f"{self.latent_dim}. Set latent_form 'added' for more"
-            )
+        config_checks.even_embedding(self, "latent_embed_dim")
+        config_checks.shares(self, "dropout", "attention_dropout")
+        config_checks.positive(self, "embedding_std", "latent_scale")
+        config_checks.not_negative(self, "latent_gate")
+        config_checks.one_of(self, "schedule", SCHEDULES)
+        config_checks.one_of(self, "latent_form", get_args(LatentForm))
+        config_checks.one_of(self, "latent_law", get_args(LatentLaw))
+        config_checks.token_latent(self)
 
 
 def _check_ids(ids: Tensor, highest: int, name: str, wanted: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedConfig
 
+from di4c_ext.models import config_checks
 from di4c_ext.models.latent import LatentLaw
 from di4c_ext.names import nearest
 from di4c_ext.process import LEVEL_PROCESSES, process_from
@@ -93,14 +94,13 @@ class UNetConfig(PreTrainedConfig):
             raise ValueError(f"UNetConfig: image_size must be one number, or height and width, got {size}")
         if not self.ch_mult:
             raise ValueError("UNetConfig: ch_mult must name at least one scale, got none")
-        counts = [(name, getattr(self, name)) for name in _COUNTS]
-        for name, value in [*counts, *(("image_size", n) for n in size), *(("ch_mult", n) for n in self.ch_mult)]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"UNetConfig: {name} must be an integer of at least 1, got {value!r}")
+        config_checks.integers(self, _COUNTS)
+        for name, numbers in (("image_size", size), ("ch_mult", self.ch_mult)):
+            for number in numbers:
+                config_checks.integer(self, name, number)
         if self.num_states < 2:
             raise ValueError("UNetConfig: num_states must be at least 2, got 1")
-        if self.time_embed_dim < 4 or self.time_embed_dim % 2:
-            raise ValueError(f"UNetConfig: time_embed_dim must be even and at least 4, got {self.time_embed_dim}")
+        config_checks.even_embedding(self, "time_embed_dim")
         if min(size) >> (len(self.ch_mult) - 1) < 1:
             raise ValueError(
                 f"UNetConfig: image_size {self.image_size} cannot be halved {len(self.ch_mult) - 1} times; "
@@ -112,11 +112,8 @@ class UNetConfig(PreTrainedConfig):
                     f"UNetConfig: attention_scales must lie in 0..{len(self.ch_mult) - 1}, the scales of ch_mult, "
                     f"got {scale!r}"
                 )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"UNetConfig: dropout must lie in [0, 1), got {self.dropout!r}")
-        for name in ("time_scale", "latent_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"UNetConfig: {name} must be finite and > 0, got {getattr(self, name)!r}")
+        config_checks.shares(self, "dropout")
+        config_checks.positive(self, "time_scale", "latent_scale")
         kind = self.process.get("name")
         if kind not in LEVEL_PROCESSES:
             raise ValueError(

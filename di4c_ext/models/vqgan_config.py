@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from di4c_ext.models import config_checks
+
 _COUNTS = ("num_codes", "embed_dim", "num_channels", "base_channels", "num_res_blocks", "z_channels")
 
 
@@ -78,11 +80,10 @@ class VQConfig(PreTrainedConfig):
             raise ValueError(f"VQConfig: image_size must be one number, or height and width, got {self.image_size}")
         if not self.ch_mult:
             raise ValueError("VQConfig: ch_mult must name at least one scale, got none")
-        counts = [(name, getattr(self, name)) for name in _COUNTS]
-        counts += [(name, n) for name in ("image_size", "ch_mult") for n in getattr(self, name)]
-        for name, value in counts:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"VQConfig: {name} must be an integer of at least 1, got {value!r}")
+        config_checks.integers(self, _COUNTS)
+        for name in ("image_size", "ch_mult"):
+            for number in getattr(self, name):
+                config_checks.integer(self, name, number)
         halvings = len(self.ch_mult) - 1
         for size in self.image_size:
             if size % (1 << halvings):
@@ -102,5 +103,4 @@ class VQConfig(PreTrainedConfig):
                     f"VQConfig: {channels} feature maps do not fall into {max(groups, 1)} equal groups; choose "
                     "base_channels a multiple of 4, from 128 on of 32"
                 )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"VQConfig: dropout must lie in [0, 1), got {self.dropout!r}")
+        config_checks.shares(self, "dropout")
