@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from di4c_ext import image_files, random
+from di4c_ext.examples import Examples
 
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = {"digits": 17, "fashion_mnist": None}  # name -> number of states; None: as many as are asked for
@@ -31,7 +31,7 @@ Layout = Literal["HWC", "CHW"]
 
 
 @dataclass(frozen=True)
-class ImageTokens(Dataset[dict[str, Tensor]]):
+class ImageTokens(Examples):
     """N images as tokens.
 
     tokens (N, D), uint8 where the states fit and int32 otherwise; example (N,) int64, the number of each image in
@@ -49,22 +49,6 @@ class ImageTokens(Dataset[dict[str, Tensor]]):
     num_states: int
     layout: Layout = "HWC"
     horizontal_flip: bool = False
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x_0": self.tokens[index].long(), "example": self.example[index]}
-
-    def __getitems__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch in two gathers; the data loader calls this instead of one `__getitem__` an image."""
-        rows = torch.as_tensor(index, dtype=torch.int64)
-        return {"x_0": self.tokens[rows].long(), "example": self.example[rows]}
-
-    @property
-    def length(self) -> int:
-        """D, positions per image."""
-        return self.tokens.shape[1]
 
     def subset(self, index: Tensor) -> ImageTokens:
         """The images named by `index` (int64), with their example numbers and labels."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from di4c_ext import random
 from di4c_ext.data import SPLIT_SEED
+from di4c_ext.examples import Examples
 from di4c_ext.text_sources import Cutter, Texts, cutter_of, documents
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _COINS = 4096
 
 
 @dataclass(frozen=True)
-class TextTokens(Dataset[dict[str, Tensor]]):
+class TextTokens(Examples):
     """N blocks of text as tokens.
 
     tokens (N, D) int32; example (N,) int64, the number of each block on its side; num_states S; cutter, which turns
@@ -47,22 +48,6 @@ class TextTokens(Dataset[dict[str, Tensor]]):
     example: Tensor
     num_states: int
     cutter: Cutter
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x_0": self.tokens[index].long(), "example": self.example[index]}
-
-    def __getitems__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch in two gathers; the data loader calls this instead of one `__getitem__` a block."""
-        rows = torch.as_tensor(index, dtype=torch.int64)
-        return {"x_0": self.tokens[rows].long(), "example": self.example[rows]}
-
-    @property
-    def length(self) -> int:
-        """D, tokens per block."""
-        return self.tokens.shape[1]
 
     def subset(self, index: Tensor) -> TextTokens:
         """The blocks named by `index` (int64), with their numbers."""

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _NAMED = 20  # names of one fault that a message lists
+REMEDY = "for a network of another size name its settings by --model_config"
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class _NumberType:
@@ -120,6 +123,22 @@ def _reason(error: Exception) -> str:
     told = re.search(r"WeightsUnpickler error:\s*(.*)", text)
     first = told[1] if told else f"{type(error).__name__} {text.splitlines()[0] if text else ''}".strip()
     return f"cannot be read ({first}); the file is damaged or no checkpoint, copy it again"
+
+
+def state_of(contents: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The weights that a file has under `key`, or the file itself where it is nothing but weights."""
+    state = contents.get(key, contents)
+    return state if isinstance(state, Mapping) else {}
+
+
+def load_exactly(make: Callable[[], Network], weights: Mapping[str, Any]) -> Network:
+    """A network with these weights, in evaluation mode; ValueError naming every one that is not as `make` has it."""
+    with torch.device("meta"):
+        wanted = make().state_dict()
+    check_state("weights", wanted, weights, REMEDY)
+    model = make()
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def check_state(where: str, wanted: Mapping[str, Tensor], state: Mapping[str, Any], remedy: str = "") -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from di4c_ext.models.base import role
-from di4c_ext.models.checkpoint import check_state, named_average, number, read_checkpoint
+from di4c_ext.models.checkpoint import check_state, named_average, number, read_checkpoint, state_of
 from di4c_ext.models.dit import DiTDenoiser
 from di4c_ext.models.dit_blocks import Rotary
 from di4c_ext.models.dit_config import DiTConfig
@@ -91,13 +91,13 @@ class LanguageFile(NamedTuple):
 
 def is_language_file(contents: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's dict looks like one of these, of whatever size."""
-    return any(_BEFORE.sub("", str(name)) == _EMBEDDING for name in _state(contents))
+    return any(_BEFORE.sub("", str(name)) == _EMBEDDING for name in state_of(contents, "state_dict"))
 
 
 def language_file(contents: Mapping[str, Any]) -> LanguageFile:
     """A checkpoint's dict taken apart; nothing is checked yet but that no name comes twice."""
     raw: dict[str, Any] = {}
-    for key, value in _state(contents).items():
+    for key, value in state_of(contents, "state_dict").items():
         name = _BEFORE.sub("", str(key))
         if name in raw:
             raise ValueError(f"two tensors are called {name} but for what stands before it; keep one of them")
@@ -229,9 +229,3 @@ def _check_frequencies(held: Tensor, config: DiTConfig) -> None:
     error = ((held.double() - wanted) / wanted).abs().max().item()
     if not error <= 16 * torch.finfo(held.dtype).eps:
         raise ValueError(f"{_BUFFER} are not the frequencies 10000^(-2j / head_dim): {error:.1e} from them, relatively")
-
-
-def _state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights in a file, or the file where it is nothing but weights."""
-    state = contents.get("state_dict", contents)
-    return state if isinstance(state, Mapping) else {}

@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from di4c_ext.models.checkpoint import check_state
+from di4c_ext.models.checkpoint import load_exactly, state_of
 from di4c_ext.models.token_config import TokenConfig
 from di4c_ext.models.token_transformer import TokenDenoiser
 
@@ -34,14 +33,14 @@ class TokenFile(NamedTuple):
 
 def is_token_file(contents: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's dict looks like the image-token system's, of whatever size."""
-    names = {str(name).removeprefix("module.") for name in _state(contents)}
+    names = {str(name).removeprefix("module.") for name in state_of(contents, _OPENS)}
     return {"tok_emb.weight", "pos_emb"} <= names
 
 
 def token_file(contents: Mapping[str, Any]) -> TokenFile:
     """A checkpoint's dict taken apart; nothing is checked yet but that no name comes twice."""
     weights: dict[str, Any] = {}
-    for key, value in _state(contents).items():
+    for key, value in state_of(contents, _OPENS).items():
         name = "net." + str(key).removeprefix("module.")
         if name in weights:
             raise ValueError(f"two tensors are called {name.removeprefix('net.')}, once with DDP's prefix; keep one")
@@ -80,15 +79,4 @@ def load_tokens(file: TokenFile, config: TokenConfig) -> TokenDenoiser:
             "holds a teacher, a student is wanted: it has no weights for a latent. Convert it as a teacher and make a "
             "student of that with TokenDenoiser.from_teacher"
         )
-    with torch.device("meta"):
-        wanted = TokenDenoiser(config).state_dict()
-    check_state("weights", wanted, file.weights, "for a network of another size name its settings by --model_config")
-    model = TokenDenoiser(config)
-    model.load_state_dict(file.weights)
-    return model.eval()
-
-
-def _state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights in a file, or the file where it is nothing but weights."""
-    state = contents.get(_OPENS, contents)
-    return state if isinstance(state, Mapping) else {}
+    return load_exactly(lambda: TokenDenoiser(config), file.weights)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from di4c_ext.models.checkpoint import check_state, named_average, number
+from di4c_ext.models.checkpoint import REMEDY, check_state, named_average, number, state_of
 from di4c_ext.models.unet import UNetDenoiser
 from di4c_ext.models.unet_config import UNetConfig
 
@@ -37,12 +37,14 @@ class PixelFile(NamedTuple):
 
 def is_pixel_file(contents: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's dict looks like the pixel system's, of whatever size."""
-    return any(str(name).startswith("net.") and "downsampling_modules." in str(name) for name in _state(contents))
+    return any(
+        str(name).startswith("net.") and "downsampling_modules." in str(name) for name in state_of(contents, "model")
+    )
 
 
 def pixel_file(contents: Mapping[str, Any]) -> PixelFile:
     """A checkpoint's dict taken apart; nothing is checked yet but that no name comes twice."""
-    state = _state(contents)
+    state = state_of(contents, "model")
     raw: dict[str, Any] = {}
     for key, value in state.items():
         name = str(key)
@@ -74,19 +76,12 @@ def load_pixels(file: PixelFile, config: UNetConfig, weights: Weights) -> UNetDe
         )
     with torch.device("meta"):
         wanted = UNetDenoiser(config).state_dict()
-    remedy = "for a network of another size name its settings by --model_config"
-    check_state("live weights", wanted, file.raw, remedy)
+    check_state("live weights", wanted, file.raw, REMEDY)
     if file.average is not None:
         average = named_average("ema_shadow_params", file.average, list(file.raw))
-        check_state("moving average", wanted, average, remedy)
+        check_state("moving average", wanted, average, REMEDY)
     elif weights == "ema":
         raise ValueError("holds no moving average (ema_shadow_params); take the live weights, --weights raw")
     model = UNetDenoiser(config)
     model.load_state_dict(average if weights == "ema" else file.raw)
     return model.eval()
-
-
-def _state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights in a file, or the file where it is nothing but weights."""
-    state = contents.get("model", contents)
-    return state if isinstance(state, Mapping) else {}

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
-from di4c_ext.models.checkpoint import check_state
+from di4c_ext.models.checkpoint import load_exactly, state_of
 from di4c_ext.models.vqgan import VQModel
 from di4c_ext.models.vqgan_config import VQConfig
 
@@ -28,12 +26,12 @@ class VQFile(NamedTuple):
 
 def is_vqgan_file(contents: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's dict looks like a VQ autoencoder's, of whatever size."""
-    return "quantize.embedding.weight" in _state(contents)
+    return "quantize.embedding.weight" in state_of(contents, "state_dict")
 
 
 def vqgan_file(contents: Mapping[str, Any]) -> VQFile:
     """A checkpoint's dict taken apart; nothing is checked yet."""
-    state = {str(name): value for name, value in _state(contents).items()}
+    state = {str(name): value for name, value in state_of(contents, "state_dict").items()}
     step = contents.get("global_step")
     return VQFile(
         {name: value for name, value in state.items() if not name.startswith(_LOSS)},
@@ -44,15 +42,4 @@ def vqgan_file(contents: Mapping[str, Any]) -> VQFile:
 
 def load_vqgan(file: VQFile, config: VQConfig) -> VQModel:
     """The autoencoder in a file; raises ValueError naming every weight that is not as `config` wants it."""
-    with torch.device("meta"):
-        wanted = VQModel(config).state_dict()
-    check_state("weights", wanted, file.weights, "for a network of another size name its settings by --model_config")
-    model = VQModel(config)
-    model.load_state_dict(file.weights)
-    return model.eval()
-
-
-def _state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The weights in a file, or the file where it is nothing but weights."""
-    state = contents.get("state_dict", contents)
-    return state if isinstance(state, Mapping) else {}
+    return load_exactly(lambda: VQModel(config), file.weights)
