@@ -31,8 +31,9 @@ from torch import Tensor
 
 from di4c_ext import ops, random
 from di4c_ext.denoiser import Denoiser, Latents, inference
+from di4c_ext.latent_group import LatentGroup, shared_terms
 from di4c_ext.loss_settings import LossSettings
-from di4c_ext.loss_terms import LossParts, Rows, constant, marginal, mixture_terms, of_states, row_divergence, steps
+from di4c_ext.loss_terms import LossParts, Rows, constant, mixture_terms, of_states, row_divergence, steps
 from di4c_ext.micro_batch import in_pieces
 from di4c_ext.ops import Logits
 from di4c_ext.process import Process
@@ -60,6 +61,7 @@ class Di4CObjective(LossSettings):
         conditions: Mapping[str, Tensor] | None = None,
         unconditional: Denoiser | None = None,
         teacher_latents: Latents | None = None,
+        group: LatentGroup | None = None,
     ) -> LossParts:
         """The loss of x_0 (B, D) int64, every draw hanging on keys (B,) int64: fold the training step into them.
 
@@ -70,7 +72,8 @@ class Di4CObjective(LossSettings):
         called with x_t and t alone; the teacher's step is then taken from logits that `process.guide` makes of both,
         while the divergences to the teacher stay those to its own. teacher_latents: for a teacher that is a mixture
         itself, as in a second round: each of the K targets is a step of a component of its own, and the divergences are
-        those to the mean of the K.
+        those to the mean of the K. group: of processes with the same samples, each of which asks the student for its
+        share of the L latents, K targets and R rows; the loss is that of all of them (`latent_group`).
 
         Denoisers may give a class more than the process has states, its mask; they lose it. With a graph the student
         is called at x_t, and at the distillation rows if there are any; the teacher is called once with a row a sample,
@@ -95,15 +98,17 @@ class Di4CObjective(LossSettings):
                 )
             mixture = {"latents": teacher_latents(key[_TEACHER_LATENTS], self.num_targets or self.num_latents)}
         with inference(teacher, x_0.device):
-            teacher_logits = of_states(constant(teacher(x_t, t.float(), **told, **mixture)), process)
+            knows = partial(teacher, x_t, t.float(), **told)
+            found = in_pieces(knows, self.latent_micro_batch, 1, **mixture) if mixture else knows()
+            teacher_logits = of_states(constant(found), process)
         stepped = teacher_logits if unconditional is None else _guided(unconditional, process, teacher_logits, x_t, t)
         goal, samples, broken = self._consistency_target(
-            student if target is None else target, process, x_t, stepped, t, u, key, latents, told
+            student if target is None else target, process, x_t, stepped, t, u, key, latents, told, group
         )
         at_x_t = partial(student, x_t, t.float(), **told)
-        own = latents(key[_LATENTS], self.num_latents)
+        own = _own(group, latents(key[_LATENTS], self.num_latents), "--num_latents")
         logits = of_states(in_pieces(at_x_t, self.latent_micro_batch, 1, latents=own), process)
-        expected = (*x_0.shape[:1], self.num_latents, *x_0.shape[1:], process.num_states)
+        expected = (*x_0.shape[:1], own.shape[1], *x_0.shape[1:], process.num_states)
         if logits.shape != expected:
             raise ValueError(
                 f"Di4CObjective: the student must give logits (B, L, D, S) = {expected} for its L latents, "
@@ -118,7 +123,10 @@ class Di4CObjective(LossSettings):
             t=t,
             weight=self._weight(process, x_t),
             broken=broken,
-            rows=self._rows(student, teacher, process, x_0, key, latents, told) if self.distillation_rows else None,
+            rows=self._rows(student, teacher, process, x_0, key, latents, told, group)
+            if self.distillation_rows
+            else None,
+            group=group,
         )
 
     def _weight(self, process: Process, x: Tensor) -> Tensor | None:
@@ -136,24 +144,31 @@ class Di4CObjective(LossSettings):
         key: Tensor,
         latents: Latents,
         told: dict[str, Tensor],
+        group: LatentGroup | None,
     ) -> tuple[Logits, Tensor, Tensor]:
-        """g (B, K, D, S) as logits, xhat ~ g (B, K, D), and the samples whose draws failed, (B,) bool."""
+        """g (B, K, D, S) as logits, xhat ~ g (B, K, D), and the samples whose draws failed, (B,) bool.
+
+        Of a group's processes each has its own of the K in g, and all of them in the others.
+        """
         num_targets = self.num_latents if self.num_targets is None else self.num_targets
         x_u = steps(process, x_t, stepped, t, u, key[_STEP], num_targets)
         failed = x_u < 0
         # A failed draw stays open, so that the network sees a state it knows; the sample's parts become NaN below.
-        x_u = torch.where(failed, x_t[:, None], x_u)
+        x_u = _own(group, torch.where(failed, x_t[:, None], x_u), "--num_targets")
         with inference(target, x_t.device, dropout=self.target_dropout):
             g = in_pieces(
                 lambda x, latents: target(x, u.float(), latents=latents, **told),
                 self.latent_micro_batch,
                 1,
                 x_u,
-                latents=latents(key[_TARGET_LATENTS], num_targets),
+                latents=_own(group, latents(key[_TARGET_LATENTS], num_targets), "--num_targets"),
             )
             g = of_states(constant(g), process)
             g = g if self.clean_positions else process.carry_over(g, x_u)
-        samples: Any = ops.sample_categorical(g, key[_TARGET_TOKENS])
+        # A target draws at its place among all K, whichever process it is in.
+        first = 0 if group is None else group.rank * x_u[0].numel()
+        samples: Any = ops.sample_categorical(g, key[_TARGET_TOKENS], first_position=first)
+        samples = samples if group is None else group.gather(samples, 1)
         broken = (failed | (samples < 0)).flatten(1).any(1)
         return g, samples.clamp(min=0), broken
 
@@ -166,18 +181,22 @@ class Di4CObjective(LossSettings):
         key: Tensor,
         latents: Latents,
         told: dict[str, Tensor],
+        group: LatentGroup | None,
     ) -> Rows:
-        """The distillation rows: times, noises and latents of their own, R to a sample."""
+        """The distillation rows: times, noises and latents of their own, R to a sample, or a group's share of them."""
         number = self.distillation_rows
         # Denoisers take one time a sample, so here each row is a sample to them.
-        noise = random.fold_in(key[_ROW_NOISE][:, None], torch.arange(number, device=key.device)).flatten()
-        tau = self.draw_row_times(key[_ROW_TIMES]).flatten()
+        noise = random.fold_in(key[_ROW_NOISE][:, None], torch.arange(number, device=key.device))
+        noise, tau, own = (
+            _own(group, rows, "--distillation_rows").flatten(0, 1)
+            for rows in (noise, self.draw_row_times(key[_ROW_TIMES]), latents(key[_ROW_LATENTS], number))
+        )
+        number = len(tau) // len(x_0)
         x_tau = process.corrupt(x_0.repeat_interleave(number, 0), tau, noise)
         told = {name: value.repeat_interleave(number, 0) for name, value in told.items()}
         size = None if self.latent_micro_batch is None else self.latent_micro_batch * len(x_0)
         with inference(teacher, x_0.device):
             teacher_logits = of_states(constant(in_pieces(teacher, size, 0, x_tau, tau.float(), **told)), process)
-        own = latents(key[_ROW_LATENTS], number).flatten(0, 1)
         student_logits = of_states(in_pieces(student, size, 0, x_tau, tau.float(), latents=own, **told), process)
         return Rows(student_logits, teacher_logits, self._weight(process, x_tau))
 
@@ -193,6 +212,7 @@ class Di4CObjective(LossSettings):
         weight: Tensor | None = None,
         broken: Tensor | None = None,
         rows: Rows | None = None,
+        group: LatentGroup | None = None,
     ) -> LossParts:
         """The loss of what the denoisers said, wherever it was drawn.
 
@@ -203,6 +223,8 @@ class Di4CObjective(LossSettings):
             t: (B,). weight: (B, D), 0 where x_t tells x_0; None for 1 everywhere.
             broken: (B,) bool, samples whose draws failed: their consistency becomes NaN.
             rows: what L_distil is taken of where it has rows of its own.
+            group: of processes of which each has its own latents in logits, its own targets in target, its own rows in
+                rows, and all samples.
         """
         if (rows is None) == bool(self.distillation_rows):
             raise ValueError(
@@ -210,16 +232,15 @@ class Di4CObjective(LossSettings):
                 f"and distillation_rows {self.distillation_rows}"
             )
         inside = t <= self.window if rows is None else torch.zeros_like(t, dtype=torch.bool)
-        terms = mixture_terms(
+        terms = (partial(mixture_terms, fused=self.fused) if group is None else partial(shared_terms, group))(
             logits,
-            teacher=teacher if len(teacher.shape) == 3 else marginal(teacher),
+            teacher=teacher,
             data=data,
             samples=samples,
             target=target if self.control_variate else None,
             weight=weight,
             inside=inside,
             information=self.diagnostics,
-            fused=self.fused,
         )
         a = self.data_weight(t).to(terms.joint_data.dtype)
 
@@ -230,7 +251,8 @@ class Di4CObjective(LossSettings):
 
         distillation = terms.distillation
         if rows is not None:
-            distillation = row_divergence(rows).unflatten(0, (len(data), -1)).mean(1)
+            each = row_divergence(rows).unflatten(0, (len(data), -1))
+            distillation = (each if group is None else group.gather(each, 1)).mean(1)
         gain = terms.correlation_samples.mean(1)
         parts = {"distillation": self.distillation * distillation}
         if self.control_variate:
@@ -245,6 +267,11 @@ class Di4CObjective(LossSettings):
         if self.diagnostics:
             diagnostics["latent_information"] = terms.information
         return LossParts(parts, diagnostics)
+
+
+def _own(group: LatentGroup | None, rows: Tensor, name: str) -> Tensor:
+    """What is this process's of rows (B, L, ...): all of them, or its share in a group."""
+    return rows if group is None else rows[:, group.own(rows.shape[1], name)]
 
 
 def _guided(unconditional: Denoiser, process: Process, teacher: Logits, x_t: Tensor, t: Tensor) -> Logits:

@@ -48,7 +48,7 @@ def constant(value: Any) -> Any:
     if isinstance(value, ops.Logistic):
         return ops.Logistic(value.mean.detach(), value.log_scale.detach(), value.num_states)
     if isinstance(value, ops.Hidden):
-        return ops.Hidden(value.states.detach(), value.weight, value.bias)
+        return value._replace(states=value.states.detach())
     return value.detach()
 
 
@@ -59,7 +59,7 @@ def of_states(logits: Any, process: Process) -> Any:
         return logits
     if isinstance(logits, ops.Hidden):
         bias = None if logits.bias is None else logits.bias[:states]
-        return ops.Hidden(logits.states, logits.weight[:states], bias)
+        return logits._replace(weight=logits.weight[:states], bias=bias)
     return logits[..., :states] if isinstance(logits, Tensor) else logits
 
 
@@ -68,7 +68,7 @@ def component(logits: Any, number: int) -> Any:
     if isinstance(logits, ops.Logistic):
         return logits._replace(mean=logits.mean[:, number], log_scale=logits.log_scale[:, number])
     if isinstance(logits, ops.Hidden):
-        return logits._replace(states=logits.states[:, number])
+        return logits.mapped(lambda x: x[:, number])
     return logits[:, number]
 
 
@@ -101,7 +101,7 @@ def row_divergence(rows: Rows) -> Tensor:
     if isinstance(one, ops.Logistic):
         one = ops.Logistic(one.mean[:, None], one.log_scale[:, None], one.num_states)
     elif isinstance(one, ops.Hidden):
-        one = ops.Hidden(one.states[:, None], one.weight, one.bias)
+        one = one.mapped(lambda x: x[:, None])
     else:
         one = one[:, None]
     return ops.mixture_kl(rows.teacher, one, rows.weight)
@@ -119,7 +119,12 @@ def mixture_terms(
     information: bool,
     fused: bool,
 ) -> ops.MixtureObjective:
-    """`ops.mixture_objective`: in one read of the logits, or one op at a time, which says what it means."""
+    """`ops.mixture_objective`: in one read of the logits, or one op at a time, which says what it means.
+
+    teacher: (B, D, S), or (B, T, D, S), of which all that is asked is the mean.
+    """
+    if len(teacher.shape) == 4 and not (fused and isinstance(teacher, ops.Hidden)):
+        teacher = marginal(teacher)
     if fused:
         return ops.mixture_objective(
             logits,
@@ -131,14 +136,15 @@ def mixture_terms(
             inside=inside,
             information=information,
         )
-    x, product = _tensor(logits), _tensor(teacher)
+    # The constants' heads may be parameters.
+    x, product = _tensor(logits), _tensor(teacher).detach()
     weight = torch.ones_like(data, dtype=torch.float32) if weight is None else weight
     joint, correlation = ops.mixture_log_prob(x, torch.cat([data[:, None], samples], 1), weight)
     per_latent = ops.masked_kl(product, x, weight * inside[:, None])
     marginal_teacher = marginal_target = gap = torch.zeros_like(joint[:, 0])
     if target is not None:
         marginal_teacher = ops.mixture_kl(product, x, weight)
-        marginal_target = ops.mixture_kl(_tensor(target), x, weight * ~inside[:, None])
+        marginal_target = ops.mixture_kl(_tensor(target).detach(), x, weight * ~inside[:, None])
     if information:
         with torch.no_grad():
             # Latents are exchangeable: the first stands for all.

@@ -47,5 +47,6 @@ def joined(pieces: Sequence[Any], dim: int) -> Logits:
         mean, log_scale = (torch.cat(values, dim) for values in list(zip(*pieces, strict=True))[:2])
         return Logistic(mean, log_scale, first.num_states)
     if isinstance(first, Hidden):
-        return Hidden(torch.cat([piece.states for piece in pieces], dim), first.weight, first.bias)
+        certain = None if first.certain is None else torch.cat([piece.certain for piece in pieces], dim)
+        return first._replace(states=torch.cat([piece.states for piece in pieces], dim), certain=certain)
     return torch.cat(list(pieces), dim)

@@ -92,7 +92,7 @@ def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tens
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_all_at_once(kind, settings, size):
     student = Student(kind)
-    # Hidden and Logistic are not what the absorbing process takes; the Gaussian one takes all three.
+    # A Logistic is not what the absorbing process takes; the Gaussian one takes all three.
     process = GaussianProcess(S, rate_sigma=1.0, q_sigma=10.0, time_base=0.5)
     whole = evaluate(student, Di4CObjective(**settings), process)
     student.calls.clear()

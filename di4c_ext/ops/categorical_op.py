@@ -28,11 +28,7 @@ def _sample(
     first: int = 0,
     logistic_states: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if unmask_prob is not None and unmask_prob.device.type == "cpu":
-        outside = ~((unmask_prob >= 0) & (unmask_prob <= 1))
-        if bool(outside.any()):
-            worst = unmask_prob[outside][0].item()
-            raise ValueError(f"absorbing_step: unmask_prob must lie in [0, 1] everywhere, got {worst}")
+    check_probabilities(unmask_prob)
     run = native.kernels(logits)
     if run is None:
         x = logits if logistic_states is None else unpacked(logits, logistic_states)
@@ -41,6 +37,16 @@ def _sample(
     return draw(
         run, logits, keys, x_t, unmask_prob, mask_id, draws, stream, temperature, with_log_prob, first, logistic_states
     )
+
+
+def check_probabilities(unmask_prob: Tensor | None) -> None:
+    """Looked at on the CPU only."""
+    if unmask_prob is None or unmask_prob.device.type != "cpu":
+        return
+    outside = ~((unmask_prob >= 0) & (unmask_prob <= 1))
+    if bool(outside.any()):
+        worst = unmask_prob[outside][0].item()
+        raise ValueError(f"absorbing_step: unmask_prob must lie in [0, 1] everywhere, got {worst}")
 
 
 def draw(

@@ -23,6 +23,7 @@ from di4c_ext.ops import checks, mixture_op, operands
 from di4c_ext.ops.logits import Hidden, Logistic, Logits
 from di4c_ext.ops.reference import MixtureObjective
 from di4c_ext.ops.reference.objective import MARGINAL_TARGET
+from di4c_ext.ops.truncation import check_top_p
 
 CHUNK_BYTES = 128 << 20  # logits of one piece, of student, teacher and target together; 16 positions at least
 KEEP_BYTES = 256 << 20  # kept from forward to backward: the target's mixture, then logits of the student
@@ -92,7 +93,8 @@ def mixture_objective_from_hidden(
 ) -> MixtureObjective:
     """`mixture_objective` where logits, teacher, target or several of them are Hidden.
 
-    Teacher and target are constants, but their heads may require grad: they are often the student's own.
+    Teacher and target are constants, but their heads may require grad: they are often the student's own. A Hidden
+    teacher may be a mixture (B, T, D, S), which enters by its mean: log mean_t softmax is made piece by piece.
 
     Arguments, values and errors as there and in `mixture_log_prob_from_hidden`.
     """
@@ -117,6 +119,7 @@ def sample_categorical_from_hidden(
     draws: int | None = None,
     stream: int = 0,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     return_log_prob: bool = False,
     first_position: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
@@ -124,8 +127,9 @@ def sample_categorical_from_hidden(
     """`sample_categorical` of logits.states @ logits.weight.T + logits.bias.
 
     Args:
-        logits: of (B, D, S) or (B, L, D, S), states, weight and bias of one dtype.
-        keys, draws, stream, temperature, return_log_prob, first_position: as there.
+        logits: of (B, D, S) or (B, L, D, S), states, weight and bias of one dtype. Rows whose class is certain are not
+            made.
+        keys, draws, stream, temperature, top_p, return_log_prob, first_position: as there.
         chunk_bytes: >= 1, logits made at a time; 16 positions of a sample whatever they take.
 
     Returns, Raises:
@@ -142,21 +146,64 @@ def sample_categorical_from_hidden(
     checks.count(op, "chunk_bytes", chunk_bytes, 1)
     checks.stream(op, stream)
     checks.temperature(op, temperature)
+    check_top_p(op, top_p)
     _one_dtype(op, "logits", x)
     tokens, log_prob = torch.ops.di4c.sample_hidden(
         x.states.detach().flatten(1, -2),
         x.weight.detach(),
         None if x.bias is None else x.bias.detach(),
+        None if x.certain is None else x.certain.flatten(1),
         keys,
+        None,
+        None,
+        -1,
         number,
         stream,
         float(temperature),
+        float(top_p),
         return_log_prob,
         first_position,
         chunk_bytes,
     )
     out = (batch, *middle) if draws is None else (batch, draws, *middle)
     return (tokens.view(out), log_prob.view(out)) if return_log_prob else tokens.view(out)
+
+
+def absorbing_step_from_hidden(
+    logits: Hidden,
+    x_t: Tensor,
+    keys: Tensor,
+    unmask_prob: Tensor,
+    *,
+    mask_id: int,
+    draws: int,
+    stream: int,
+    temperature: float,
+    top_p: float,
+    return_log_prob: bool,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """`absorbing_step` of a Hidden (B, D, S), arguments checked there: (B, n, D) tokens and their log-probabilities."""
+    x = operands.hidden("absorbing_step", "logits", logits, (3,), "(B, D, H)")
+    _one_dtype("absorbing_step", "logits", x)
+    step: tuple[Tensor, Tensor] = torch.ops.di4c.sample_hidden(
+        x.states.detach(),
+        x.weight.detach(),
+        None if x.bias is None else x.bias.detach(),
+        x.certain,
+        keys,
+        x_t,
+        unmask_prob,
+        mask_id,
+        draws,
+        stream,
+        float(temperature),
+        float(top_p),
+        return_log_prob,
+        0,
+        chunk_bytes,
+    )
+    return step
 
 
 def _call(
@@ -172,15 +219,16 @@ def _call(
     chunk_bytes: int,
     keep_bytes: int,
 ) -> tuple[Tensor, ...]:
-    """The outputs of di4c::mixture; arguments checked, teacher (B, D, S), target (B, T, D, S)."""
+    """The outputs of di4c::mixture; arguments checked, teacher (B, D, S) or (B, T, D, S), target (B, T, D, S)."""
     named = {"logits": logits, "teacher": teacher, "target": target}
     if not any(isinstance(value, Hidden) for value in named.values()):
         raise TypeError(f"{op}: {' or '.join(n for n, v in named.items() if v is not None)} must be a Hidden")
     checks.count(op, "chunk_bytes", chunk_bytes, 1)
     checks.count(op, "keep_bytes", keep_bytes)
     tensors = [part for name, value in named.items() for part in _parts(op, name, value)]
-    if tensors[3] is not None:
-        tensors[3] = tensors[3].unsqueeze(1)
+    if isinstance(logits, Hidden) and logits.certain is not None:
+        raise ValueError(f"{op}: logits.certain must be None: what is certain has no gradient; give it weight 0")
+    tensors.pop(3)  # the logits' own, which is None
     # Constants are detached: their heads may be parameters.
     constants = [None if x is None else x.detach() for x in tensors[3:]]
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:3])
@@ -190,14 +238,14 @@ def _call(
     )
 
 
-def _parts(op: str, name: str, value: Logits | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Data, weight and bias as the operator takes them; a Logistic is turned into logits."""
+def _parts(op: str, name: str, value: Logits | None) -> tuple[Tensor | None, ...]:
+    """Data (B, N, D, .), weight, bias and what is certain as the operator takes them; a Logistic becomes logits."""
     if isinstance(value, Logistic):
-        return value.logits(), None, None
-    if not isinstance(value, Hidden):
-        return value, None, None
-    _one_dtype(op, name, value)
-    return value.states, value.weight, value.bias
+        value = value.logits()
+    if isinstance(value, Hidden):
+        _one_dtype(op, name, value)
+        return tuple(value if len(value.shape) == 4 else operands.one_component(value))
+    return value.unsqueeze(1) if value is not None and value.dim() == 3 else value, None, None, None
 
 
 def _one_dtype(op: str, name: str, value: Hidden) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from di4c_ext.ops import native, pieces
@@ -22,9 +24,11 @@ class Inputs(NamedTuple):
     teacher: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    teacher_certain: Tensor | None
     target: Tensor | None
     target_weight: Tensor | None
     target_bias: Tensor | None
+    target_certain: Tensor | None
     first: Tensor | None
     tokens: Tensor | None
     inside: Tensor | None
@@ -32,9 +36,9 @@ class Inputs(NamedTuple):
 
     def rows(self) -> tuple[Rows, Rows | None, Rows | None]:
         """Logits, teacher and target, each a tensor of logits or a Hidden."""
-        x = _rows(self.logits, self.logits_weight, self.logits_bias)
-        teacher = None if self.teacher is None else _rows(self.teacher, self.teacher_weight, self.teacher_bias)
-        target = None if self.target is None else _rows(self.target, self.target_weight, self.target_bias)
+        x = _rows(*self[:3], None)
+        teacher = None if self.teacher is None else _rows(*self[3:7])  # type: ignore[arg-type]
+        target = None if self.target is None else _rows(*self[7:11])  # type: ignore[arg-type]
         return x, teacher, target
 
     def kernels(self) -> native.Kernels | None:
@@ -46,11 +50,24 @@ class Inputs(NamedTuple):
         piece = pieces.everything(rows[0], self.weight)
         x, teacher, target = (pieces.logits_of(r, piece, Buffer([piece], r)) for r in rows)
         assert x is not None
-        return piece, x, None if teacher is None else teacher.squeeze(1), target
+        return piece, x, None if teacher is None else _mean(teacher).squeeze(1), target
 
 
-def _rows(data: Tensor, weight: Tensor | None, bias: Tensor | None) -> Rows:
-    return data if weight is None else Hidden(data, weight, bias)
+def _rows(data: Tensor, weight: Tensor | None, bias: Tensor | None, certain: Tensor | None) -> Rows:
+    return data if weight is None else Hidden(data, weight, bias, certain)
+
+
+def _mean(teacher: Tensor) -> Tensor:
+    """The logits of a teacher of T components (b, T, c, S) as those of their mean (b, 1, c, S), float32 at least."""
+    T = teacher.shape[1]
+    if T == 1:
+        return teacher
+    total: Tensor | None = None
+    for number in range(T):
+        one = teacher[:, number].to(torch.promote_types(teacher.dtype, torch.float32)).log_softmax(-1)
+        total = one if total is None else torch.logaddexp(total, one, out=total)
+    assert total is not None
+    return total.sub_(math.log(T)).unsqueeze(1)
 
 
 class Pass:
@@ -79,7 +96,8 @@ class Pass:
 
     def teacher(self, piece: Piece) -> Tensor | None:
         """(b, 1, c, S) of the piece."""
-        return pieces.logits_of(self._teacher, piece, self._buffers[0])
+        made = pieces.logits_of(self._teacher, piece, self._buffers[0])
+        return None if made is None else _mean(made)
 
     def target(self, piece: Piece) -> Tensor | None:
         """(b, T, c, S) of the piece, where it is looked at."""

@@ -2,10 +2,12 @@
 by piece and forgotten.
 
 Each of logits, teacher and target comes with a head (weight (S, H), bias (S,) or none) and is then hidden states
-(B, N, D, H), or comes without and is then logits (B, N, D, S). Forward: a piece's logits by one matrix product, what
-its rows say by mixture_positions, and when all pieces are through, the sums over positions by mixture_finish. Backward:
-the piece's logits once more, mixture_backward over them in place, and from this the gradients of states, weight and
-bias; the last two are summed over the pieces in float32.
+(B, N, D, H), or comes without and is then logits (B, N, D, S). Those of teacher and target may say what is certain. A
+teacher of several components is their mean, made anew in each piece.
+
+Forward: a piece's logits by one matrix product, what its rows say by mixture_positions, and when all pieces are
+through, the sums over positions by mixture_finish. Backward: the piece's logits once more, mixture_backward over them
+in place, and from this the gradients of states, weight and bias; the last two are summed over the pieces in float32.
 
 As far as the caller gives room, the first pieces keep for backward what it would have to make again: first of all the
 log of the target's mean, one row in place of T rows of logits, and in what room remains the student's logits.
@@ -27,9 +29,11 @@ from di4c_ext.ops.library import register, register_gradient
 from di4c_ext.ops.logits import Hidden
 from di4c_ext.ops.pieces import Buffer, Gradients
 
+_GIVEN = len(Inputs._fields)
+
 
 def _mixture_hidden(*arguments: Any) -> tuple[Tensor, ...]:
-    given, (information, chunk_bytes, _) = Inputs(*arguments[:13]), arguments[13:]
+    given, (information, chunk_bytes, _) = Inputs(*arguments[:_GIVEN]), arguments[_GIVEN:]
     *out, kept, kept_target = _fake(*arguments)
     mixture_op.check_values(kept.shape[1], given.teacher, given.first, given.tokens, given.weight)
     run = given.kernels()
@@ -97,7 +101,7 @@ def _blocks(length: int) -> int:
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     """The outputs of di4c::mixture, and room for the logits (rows, S) and targets (rows, S) kept: all that there may be
     if keep_bytes allows."""
-    given, (information, _, keep_bytes) = Inputs(*arguments[:13]), arguments[13:]
+    given, (information, _, keep_bytes) = Inputs(*arguments[:_GIVEN]), arguments[_GIVEN:]
     x, _, target = given.rows()
     batch, components, length, states = x.shape
     rows = min(batch * length, keep_bytes // (4 * states)) if isinstance(target, Hidden) else 0
@@ -111,13 +115,13 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _mixture_hidden_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the logits or states, of the head's weight and of its bias; empty ones where not needed."""
-    given, of_rows = Inputs(*arguments[3:16]), arguments[16:23]
-    kept, kept_target, chunk_bytes, needs = arguments[23:]
+    given, rest = Inputs(*arguments[3 : 3 + _GIVEN]), arguments[3 + _GIVEN :]
+    *of_rows, kept, kept_target, chunk_bytes, needs = rest
     gradients = Gradients(given.rows()[0], needs)
     run = given.kernels()
     with torch.autocast(given.logits.device.type, enabled=False):
         if run is not None:
-            _backward(run, Pass(given, chunk_bytes, kept, kept_target), arguments[:3], of_rows, gradients)
+            _backward(run, Pass(given, chunk_bytes, kept, kept_target), arguments[:3], tuple(of_rows), gradients)
         else:
             piece, *rows = given.whole()
             tokens = mixture_op.stacked(given.first, given.tokens)
@@ -153,7 +157,7 @@ def _backward(
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given, needs = Inputs(*arguments[3:16]), arguments[-1]
+    given, needs = Inputs(*arguments[3 : 3 + _GIVEN]), arguments[-1]
     nothing = given.logits.new_empty(0)
     data, weight, bias = (
         nothing.new_empty(x.shape) if x is not None and needed else nothing.new_empty(0)
@@ -162,11 +166,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return data, weight, bias
 
 
-_ROWS = ("logits", "teacher", "target")
-_INPUTS = ", ".join(
-    [f"Tensor{'' if name == 'logits' else '?'} {name}, Tensor? {name}_weight, Tensor? {name}_bias" for name in _ROWS]
-    + ["Tensor? first", "Tensor? tokens", "Tensor? inside", "Tensor? weight"]
-)
+_INPUTS = ", ".join(f"Tensor{'' if name == 'logits' else '?'} {name}" for name in Inputs._fields)
 _KEPT = "Tensor lse, Tensor lse_teacher, Tensor lse_target, Tensor share, Tensor pull"
 
 register(
@@ -194,11 +194,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    lse = saved[15]
+    lse = saved[_GIVEN + 2]
     given = [lse.new_zeros(n) if g is None else g for g, n in zip(grads[:3], ctx.shapes, strict=True)]
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.di4c.mixture_hidden_backward(*given, *saved, ctx.chunk_bytes, needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 13
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * _GIVEN
 
 
 register_gradient("mixture_hidden", "mixture_objective", _gradient, _keep)

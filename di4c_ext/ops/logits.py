@@ -6,6 +6,7 @@ layer left unapplied. The ops never hold either's logits whole; `.logits()` does
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -49,12 +50,14 @@ class Logistic(NamedTuple):
 class Hidden(NamedTuple):
     """The states (B, L, D, H) or (B, D, H) of the last layer, and the head that makes S logits of each.
 
-    weight: (S, H). bias: (S,) or None. Logits are states @ weight.T + bias, in the states' dtype.
+    weight: (S, H). bias: (S,) or None. Logits are states @ weight.T + bias, in the states' dtype. certain: (B, L, D) or
+    (B, D) int64, the class that a position has for sure, whatever its states say, and -1 where they decide; or None.
     """
 
     states: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    certain: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -72,10 +75,23 @@ class Hidden(NamedTuple):
 
     def logits(self) -> Tensor:
         """The logits (B, [L,] D, S), differentiable."""
-        return linear(self.states, self.weight, self.bias)
+        made = linear(self.states, self.weight, self.bias)
+        return made if self.certain is None else settled(made, self.certain)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Hidden:
+        """The same head after `change` of the leading dimensions (B, [L,] D), which it is called with both as those of
+        the states and of what is certain."""
+        return self._replace(states=change(self.states), certain=None if self.certain is None else change(self.certain))
 
 
 Logits: TypeAlias = Tensor | Logistic | Hidden
+
+
+def settled(logits: Tensor, certain: Tensor) -> Tensor:
+    """Logits (..., S), anew, in which class certain (...) >= 0 has 0 and all others -inf; -1 leaves a row alone."""
+    known = (certain >= 0)[..., None]
+    here = torch.arange(logits.shape[-1], device=logits.device) == certain[..., None]
+    return logits.masked_fill(known, 0.0).masked_fill(known & ~here, -torch.inf)
 
 
 def packed(value: Logistic) -> Tensor:

@@ -103,7 +103,7 @@ def mixture_objective(
 
     Args:
         logits: (B, L, D, S), L >= 1.
-        teacher: (B, D, S), a constant, any floating dtype.
+        teacher: (B, D, S), a constant, any floating dtype; a Hidden also (B, T, D, S), which enters by its mean over T.
         data: (B, D) int64, in [0, S) wherever the weight is not 0, or None.
         samples: (B, K, D) int64, likewise, or None.
         target: (B, D, S), or itself a mixture (B, T, D, S), or None; a constant, any floating dtype, its rows read

@@ -18,8 +18,13 @@ def mixture(op: str, value: object) -> Logits:
 
 
 def teacher(op: str, value: object, beside: Logits) -> Logits:
-    """Constant logits (B, D, S)."""
-    return _constant(op, "teacher", value, (3,), ROWS, beside)
+    """Constant logits (B, D, S), or as a Hidden a mixture (B, T, D, S), T >= 1."""
+    if not isinstance(value, Hidden):
+        return _constant(op, "teacher", value, (3,), ROWS, beside)
+    y = _constant(op, "teacher", value, (3, 4), TARGET, beside)
+    if len(y.shape) == 4:
+        checks.count(op, "T, the second dimension of teacher,", y.shape[1], 1)
+    return y
 
 
 def target(op: str, value: object, beside: Logits) -> Logits:
@@ -30,7 +35,12 @@ def target(op: str, value: object, beside: Logits) -> Logits:
         return y
     if isinstance(y, Logistic):
         return Logistic(y.mean.unsqueeze(1), y.log_scale.unsqueeze(1), y.num_states)
-    return Hidden(y.states.unsqueeze(1), y.weight, y.bias) if isinstance(y, Hidden) else y.unsqueeze(1)
+    return one_component(y) if isinstance(y, Hidden) else y.unsqueeze(1)
+
+
+def one_component(value: Hidden) -> Hidden:
+    """(B, D, S) as the mixture (B, 1, D, S)."""
+    return value.mapped(lambda x: x.unsqueeze(1))
 
 
 def laid_out(*values: Tensor | Logistic | None) -> tuple[list[Tensor | None], int | None]:
@@ -69,6 +79,8 @@ def hidden(op: str, name: str, value: Hidden, dims: tuple[int, ...], letters: st
             f"{op}: {name}.weight must have shape (S, H) with H = {width} and S between 1 and {checks.MAX_STATES}, "
             f"got {checks.shape(value.weight)}"
         )
+    if value.certain is not None:
+        checks.indices(op, f"{name}.certain", value.certain, checks.shape(value.states)[:-1], "of the states", value)
     if value.bias is not None and checks.shape(value.bias) != checks.shape(value.weight)[:1]:
         raise ValueError(
             f"{op}: {name}.bias must be None or have shape (S,) = {checks.shape(value.weight)[:1]}, "

@@ -186,7 +186,16 @@ def logits_of(rows: Rows | None, piece: Piece, buffer: Buffer, place: Tensor | N
         torch.mm(states, rows.weight.t(), out=out)
     else:
         torch.addmm(rows.bias, states, rows.weight.t(), out=out)
+    if rows.certain is not None:
+        settle(out, piece.take(rows.certain).reshape(-1))
     return piece.unflat(out, rows.shape[1])
+
+
+def settle(rows: Tensor, certain: Tensor) -> None:
+    """`logits.settled` of rows (N, S) in place."""
+    known, place = (certain >= 0)[:, None], certain.clamp(min=0)[:, None]
+    rows.masked_fill_(known, -torch.inf)
+    rows.scatter_(1, place, torch.where(known, 0.0, rows.gather(1, place)))
 
 
 class Gradients:
@@ -214,7 +223,7 @@ class Gradients:
 
     def done(self) -> tuple[Tensor, Tensor, Tensor]:
         """Contiguous and in the rows' dtype; those not needed are empty."""
-        weight, bias = self._rows[1:] if isinstance(self._rows, Hidden) else (None, None)
+        weight, bias = self._rows[1:3] if isinstance(self._rows, Hidden) else (None, None)
         return self._data, self._sum(self._weight, weight, self._needs[1]), self._sum(self._bias, bias, self._needs[2])
 
     def _sum(self, total: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:

@@ -20,6 +20,7 @@ from di4c_ext import ops, random
 from di4c_ext.ops import Logits
 from di4c_ext.process import arguments, rows
 from di4c_ext.process.base import Time
+from di4c_ext.process.schedules import TIMES
 from di4c_ext.process.schedules import schedule as schedule_of
 
 _NAME = "AbsorbingProcess"
@@ -36,6 +37,7 @@ class AbsorbingProcess:
         if num_states < 1:
             raise ValueError(f"AbsorbingProcess: num_states must be at least 1, got {num_states}")
         self._mask, self._mask_slope = schedule_of(_NAME, schedule)
+        self._time = TIMES[schedule]
         if mask_id is not None and not 0 <= mask_id <= num_states:
             raise ValueError(
                 f"AbsorbingProcess: mask_id must lie in 0..num_states = 0..{num_states}, got {mask_id}; "
@@ -55,6 +57,10 @@ class AbsorbingProcess:
     def mask_prob(self, t: Time) -> Tensor:
         """m(t) = 1 - alpha(t), float64, of the shape of t."""
         return self._mask(arguments.time(_NAME, "t", t))
+
+    def time_of(self, m: Tensor) -> Tensor:
+        """The t at which m(t) = m, float64, of the shape of m in [0, m(1)]."""
+        return self._time(m.double())
 
     def unmask_prob(self, t: Time, s: Time) -> Tensor:
         """P(clean at s | masked at t) = (alpha(s) - alpha(t)) / (1 - alpha(t)), float64. Exactly 1 for s = 0.
@@ -97,18 +103,20 @@ class AbsorbingProcess:
         *,
         draws: int | None = None,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         stream: int = 0,
     ) -> Tensor:
         """x_s (B, D), or (B, draws, D): independent steps t -> s from one row of logits (B, D, S) each.
 
-        A row of logits without a distribution (NaN, all -inf) leaves -1 where it was to be unmasked. A Logistic or
-        Hidden is made whole.
+        top_p: below 1 tokens are drawn from the nucleus of their row. A row of logits without a distribution (NaN, all
+        -inf) leaves -1 where it was to be unmasked. Of a Hidden only the rows that are unmasked are made, a few at a
+        time; a Logistic is made whole.
         """
         arguments.states(f"{_NAME}.step", "x_t", x_t, keys)
         arguments.logits(f"{_NAME}.step", logits, x_t, self.num_states)
         unmask = arguments.per_sample(f"{_NAME}.step", "t and s", self.unmask_prob(t, s), x_t)
         x_s: Any = ops.absorbing_step(
-            rows.whole(logits),
+            logits if isinstance(logits, ops.Hidden) else rows.whole(logits),
             x_t,
             keys,
             unmask_prob=unmask,
@@ -116,14 +124,21 @@ class AbsorbingProcess:
             draws=draws,
             stream=stream,
             temperature=temperature,
+            top_p=top_p,
         )
         return x_s
+
+    def unmasked(self, x_t: Tensor, t: Time, s: Time, keys: Tensor, *, stream: int = 0) -> Tensor:
+        """(B, D) bool: where `step` with these keys draws a token. It is so whatever the logits."""
+        arguments.states(f"{_NAME}.unmasked", "x_t", x_t, keys)
+        unmask = arguments.per_sample(f"{_NAME}.unmasked", "t and s", self.unmask_prob(t, s), x_t)
+        return (x_t == self.mask_id) & (random.uniform(keys, x_t.shape[1], stream=stream) < unmask[:, None])
 
     def posterior(self, x_t: Tensor, logits: Logits, t: Time, s: Time) -> Tensor:
         """The law of `step`, exactly: float64 (B, D, N) over the N = max(S, mask_id + 1) states. For tests."""
         arguments.logits(f"{_NAME}.posterior", logits, x_t, self.num_states)
         unmask = arguments.per_sample(f"{_NAME}.posterior", "t and s", self.unmask_prob(t, s), x_t)
-        p = self.carry_over(rows.whole(logits).double(), x_t).softmax(-1)
+        p = rows.whole(self.carry_over(rows.whole(logits).double(), x_t)).softmax(-1)
         p = torch.nn.functional.pad(p, (0, max(self.mask_id + 1 - self.num_states, 0)))
         stay = torch.where(x_t == self.mask_id, 1 - unmask[:, None], 0.0)
         here = torch.nn.functional.one_hot(x_t, p.shape[-1])
@@ -133,10 +148,24 @@ class AbsorbingProcess:
         """(B, D) float32: 1 at masked positions, 0 at clean ones."""
         return (x_t == self.mask_id).to(torch.float32)
 
-    def carry_over(self, logits: Logits, x: Tensor) -> Tensor:
-        """Logits (..., D, S): at clean positions of x (..., D) the state itself is certain; no mask is predicted."""
+    def carry_over(self, logits: Logits, x: Tensor) -> Logits:
+        """Logits (..., D, S): at clean positions of x (..., D) the state itself is certain; no mask is predicted.
+
+        A Hidden stays one, told what is certain: its logits are not made.
+        """
         arguments.logits(f"{_NAME}.carry_over", logits, x, self.num_states)
+        if isinstance(logits, ops.Hidden):
+            return self._carried_over(logits, x)
         states = torch.arange(self.num_states, device=x.device)
         clean = (x != self.mask_id)[..., None]
         possible = torch.where(clean, states == x[..., None], states != self.mask_id)
         return rows.whole(logits).masked_fill(clean, 0.0).masked_fill(~possible, -torch.inf)
+
+    def _carried_over(self, logits: ops.Hidden, x: Tensor) -> ops.Hidden:
+        bias = logits.bias
+        if self.mask_id < self.num_states:
+            bias = logits.weight.new_zeros(self.num_states) if bias is None else bias
+            is_mask = torch.arange(self.num_states, device=bias.device) == self.mask_id
+            bias = bias.masked_fill(is_mask, -torch.inf)
+        certain = torch.where(x == self.mask_id, -1, x)
+        return logits._replace(bias=bias, certain=certain)

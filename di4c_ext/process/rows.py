@@ -25,7 +25,7 @@ def some(logits: Logits, piece: slice) -> Logits:
         return logits[:, piece]
     if isinstance(logits, Logistic):
         return logits._replace(mean=logits.mean[:, piece], log_scale=logits.log_scale[:, piece])
-    return logits._replace(states=logits.states[:, piece])
+    return logits.mapped(lambda x: x[:, piece])
 
 
 def beyond(start: Tensor, end: Tensor, scale: float | Tensor) -> Tensor:

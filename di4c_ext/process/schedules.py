@@ -34,6 +34,15 @@ LOST: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
 }
 SCHEDULES = tuple(LOST)
 
+# name: the t at which m(t) = m, of float64 tensors.
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_linear": lambda m: m / (1 - _EPS),
+    "linear": lambda m: m,
+    "cosine": lambda m: torch.arcsin(m) / (math.pi / 2),
+    "arccos": lambda m: 2 * torch.sin(m * (math.pi / 4)) ** 2,  # 1 - cos(pi m / 2), which loses digits near 0
+    "square": lambda m: m / (1 + torch.sqrt(1 - m)),  # 1 - sqrt(1 - m), likewise
+}
+
 
 def schedule(process: str, name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """m and m' by name. Raises ValueError, in the name of the process, for one that is not known."""

@@ -163,14 +163,14 @@ def test_nothing_to_do(backend, name):
     for case in (make(batch=0), make(length=0), replace(make(), weight=torch.zeros(3, 53))):
         values, grads = with_gradients(hidden, name, case.to(backend.device))
         assert all((x == 0).all() for x in values + grads)
-        assert [x.shape for x in grads] == [x.shape for x in case.student]
+        assert [x.shape for x in grads] == [x.shape for x in case.student[:3]]
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
 def test_gradients_only_where_needed(backend, needed):
     case = make().to(backend.device)
     _, expected = with_gradients(hidden, "mixture_objective", case)
-    leaves = [x.detach().requires_grad_(n) for x, n in zip(case.student, needed, strict=True)]
+    leaves = [x.detach().requires_grad_(n) for x, n in zip(case.student[:3], needed, strict=True)]
     outputs = hidden("mixture_objective", replace(case, student=Hidden(*leaves)))
     summed = [o for o in outputs if o.requires_grad]
     grads = [torch.linspace(0.5, -1.5, o.numel(), device=o.device).view(o.shape) for o in summed]
@@ -200,12 +200,13 @@ def test_logits_that_are_there_beside_hidden_ones(backend):
 
 def test_gradcheck():
     case = make(torch.float64, states=7, length=5, batch=2)
-    case = replace(case, teacher=Hidden(*(x.clone() for x in case.teacher)))  # perturbed with the student's otherwise
+    # A head of the teacher's own, which would be perturbed with the student's otherwise.
+    case = replace(case, teacher=Hidden(*(x.clone() for x in case.teacher[:3])))
 
     def run(states: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return hidden("mixture_objective", replace(case, student=Hidden(states, weight, bias)))[:-1]
 
-    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in case.student))
+    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in case.student[:3]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,27 +239,31 @@ def test_samples(backend, draws):
 def _registered(device: torch.device) -> list[tuple[Any, tuple[Any, ...]]]:
     """Calls of the registered operators: with all there is, and with as little as possible."""
     case = make(states=37, length=19).to(device)
-    student = tuple(x.requires_grad_() for x in case.student)
-    constants = case.teacher.states[:, None], case.teacher.weight.detach(), None, *case.target
+    student = tuple(x.requires_grad_() for x in case.student[:3])
+    certain = torch.where(case.tokens[:, :2] % 3 == 0, case.tokens[:, :2], -1)
+    constants = case.teacher.states[:, None], case.teacher.weight.detach(), None, None, *case.target[:3], certain
     full = *student, *constants, case.tokens[:, 0], case.tokens, case.inside, case.weight, True, 1, 0
-    least = student[0], student[1], None, *[None] * 7, case.tokens, None, None, False, 1, 1 << 20
+    least = student[0], student[1], None, *[None] * 9, case.tokens, None, None, False, 1, 1 << 20
     calls = []
     for inputs in (full, least):
         calls.append((torch.ops.di4c.mixture_hidden.default, inputs))
         joint, correlation, parts, *kept = (x.detach() for x in torch.ops.di4c.mixture_hidden(*inputs))
-        tensors = [x.detach() if isinstance(x, Tensor) else x for x in inputs[:13]]
+        tensors = [x.detach() if isinstance(x, Tensor) else x for x in inputs[:15]]
         grads = torch.ones_like(joint), torch.ones_like(correlation), torch.ones_like(parts)
         needs = [True, True, inputs[2] is not None]
         calls.append(
             (torch.ops.di4c.mixture_hidden_backward.default, (*grads, *tensors, joint, correlation, *kept, 1, needs))
         )
     keys = random.keys(0, 3, device)
-    rows = tuple(case.teacher.states.shape), [x.detach() for x in case.teacher]
-    calls.append((torch.ops.di4c.sample_hidden.default, (*rows[1], keys, 2, 1, 0.9, True, 0, 1)))
+    rows = [x.detach() for x in case.teacher[:3]]
+    settings = 2, 1, 0.9, 0.8, True, 0, 1
+    calls.append((torch.ops.di4c.sample_hidden.default, (*rows, certain[:, 0], keys, None, None, -1, *settings)))
+    step = torch.where(case.tokens[:, 0] % 2 == 0, 37, 3), torch.full((3,), 0.5, dtype=torch.float64, device=device), 37
+    calls.append((torch.ops.di4c.sample_hidden.default, (*rows[:2], None, None, keys, *step, *settings)))
     return calls
 
 
-@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("call", range(6))
 def test_opcheck(backend, call):
     torch.library.opcheck(*_registered(backend.device)[call])
 
@@ -281,7 +286,7 @@ def test_compile_fullgraph(backend, compiler):
         case = make(states=37, batch=batch).to(backend.device)
         grads = []
         for f in (step, compiled):
-            leaves = [x.detach().requires_grad_() for x in case.student]
+            leaves = [x.detach().requires_grad_() for x in case.student[:3]]
             loss = f(replace(case, student=Hidden(*leaves)))
             loss.backward()
             grads.append([loss.detach(), *(x.grad for x in leaves)])

@@ -8,7 +8,7 @@ import torch
 from tiny import chi_square_z, counts, product_law
 
 from di4c_ext import random
-from di4c_ext.ops import Logistic
+from di4c_ext.ops import Hidden, Logistic
 from di4c_ext.process import SCHEDULES, AbsorbingProcess
 
 # P(masked at t), written down apart from the package
@@ -208,3 +208,64 @@ def test_logits_in_short_forms():
     x_t = process.prior((3, 4), keys)
     assert torch.equal(process.step(x_t, logits, 0.9, 0.2, keys), process.step(x_t, logits.logits(), 0.9, 0.2, keys))
     assert torch.equal(process.carry_over(logits, x_t), logits.logits())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_time_of_a_level(schedule):
+    process = AbsorbingProcess(3, schedule)
+    t = torch.cat([torch.linspace(0, 1, 101), torch.tensor([1e-12, 1e-6])]).double()
+    torch.testing.assert_close(process.time_of(process.mask_prob(t)), t, rtol=1e-12, atol=1e-15)
+
+
+def test_what_a_step_unmasks_is_known_before_the_logits():
+    process, keys = AbsorbingProcess(4, "cosine"), random.keys(3, 50)
+    x_t = torch.where(torch.arange(50 * 7).view(50, 7) % 3 == 0, 2, 4)
+    for t, s, stream in ((0.9, 0.4, 0), (0.5, 0.0, 1)):
+        told = process.unmasked(x_t, t, s, keys, stream=stream)
+        x_s = process.step(x_t, torch.randn(50, 7, 4), t, s, keys, stream=stream)
+        assert torch.equal(told, (x_t == 4) & (x_s != 4)) and told.any()
+
+
+@pytest.mark.parametrize("mask_id", [5, 2])
+def test_hidden_logits(mask_id):
+    """A step and what is carried over, of hidden states as of the logits they stand for."""
+    g = torch.Generator().manual_seed(0)
+    process, keys = AbsorbingProcess(5, mask_id=mask_id), random.keys(1, 4)
+    x_t = torch.where(torch.rand(4, 6, generator=g) < 0.7, mask_id, 1)
+    for bias in (None, torch.randn(5, generator=g)):
+        hidden = Hidden(torch.randn(4, 6, 3, generator=g), torch.randn(5, 3, generator=g), bias)
+        for draws in (None, 3):
+            options = {"draws": draws, "temperature": 0.7, "top_p": 0.8, "stream": 2}
+            expected = process.step(x_t, hidden.logits(), 0.8, 0.3, keys, **options)
+            assert torch.equal(process.step(x_t, hidden, 0.8, 0.3, keys, **options), expected)
+        carried = process.carry_over(hidden, x_t)
+        assert isinstance(carried, Hidden) and carried.states is hidden.states
+        expected = process.carry_over(hidden.logits(), x_t).softmax(-1)
+        torch.testing.assert_close(carried.logits().softmax(-1), expected)
+        assert (expected[..., mask_id : mask_id + 1] == 0).all()
+        law = process.posterior(x_t, hidden, 0.8, 0.3)
+        torch.testing.assert_close(law, process.posterior(x_t, hidden.logits(), 0.8, 0.3))
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden states"])
+def test_rare_tokens_are_drawn_as_often_as_they_should(hidden):
+    """The teacher's step at S = 50,258, where one token leads all others by 20 nats: these have 1e-4 between them.
+
+    A race in float32 as published, argmax p / (1e-10 - log(u + 1e-10)), never lets one of them win: the largest ratio
+    of two of its arrivals is below e^20. Ours draws them in proportion, for every step of training and of sampling.
+    """
+    S, gap, n = 50258, 20.0, 400_000
+    u = torch.tensor([0.0, 1 - 2.0**-24], dtype=torch.float32)
+    slowest, fastest = 1e-10 - torch.log(u + 1e-10)
+    assert math.log(slowest / fastest) < gap
+    weight = torch.full((S, 1), -gap)
+    weight[7] = 0.0
+    logits = Hidden(torch.ones(1, 1, 1), weight)
+    process, keys = AbsorbingProcess(S), random.keys(0, 1)
+    x_t = process.prior((1, 1), keys)
+    x_s = process.step(x_t, logits if hidden else logits.logits(), 1.0, 0.0, keys, draws=n).flatten()
+    p = (S - 1) * math.exp(-gap) / (1 + (S - 1) * math.exp(-gap))
+    rare = x_s[x_s != 7]
+    assert abs(len(rare) - n * p) < 4 * math.sqrt(n * p) and len(rare) > 20
+    assert len(rare.unique()) == len(rare)  # any of 50,257
+    assert abs((rare < S // 2).double().mean().item() - 0.5) < 2 / math.sqrt(len(rare))
