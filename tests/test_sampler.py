@@ -1,6 +1,8 @@
 """The ancestral sampler: its law by enumeration, its keys, and what it does for the caller."""
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from tiny import ExactTeacher, TableStudent, chi_square_z, counts, finite_latent
 from torch import nn
 
 from di4c_ext import random
-from di4c_ext.process import SCHEDULES, AbsorbingProcess
-from di4c_ext.sampler import sample_ancestral, times
+from di4c_ext.ops import nucleus
+from di4c_ext.process import SCHEDULES, AbsorbingProcess, ConfidenceProcess
+from di4c_ext.sampler import analytic_times, sample_analytic, sample_ancestral, times
 
 S, D = 2, 2
 LAW = torch.tensor([0.45, 0.05, 0.1, 0.4], dtype=torch.float64)
@@ -196,3 +199,111 @@ def test_enumeration_itself():
     """The tests' own tools: sequences and laws agree in order."""
     assert sequences(2, 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert product_law(torch.tensor([[0.9, 0.1], [0.3, 0.7]])).tolist() == pytest.approx([0.27, 0.63, 0.03, 0.07])
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_idle_steps_are_skipped_and_change_nothing(fresh):
+    """Only samples of which a step unmasks something are looked at: as many evaluations as masks at most."""
+    generator = torch.Generator().manual_seed(5)
+    table = torch.randn(4, 4**5, 5, 3, generator=generator)
+    student, draw, keys = TableStudent(table), finite_latents(4), random.keys(6, 12)
+    process = AbsorbingProcess(3, "cosine")
+    x = process.prior((12, 5), keys)
+    x[3], x[7, 1:] = 2, 0
+    latents = (lambda keys: draw(keys, 1)[:, 0]) if fresh else draw(keys, 1)[:, 0]
+    shift, seen, steps = torch.randn(12, 3, generator=generator), [], []
+
+    def told(x_t, t, latents, shift):
+        seen.append(len(x_t))
+        return student(x_t, t, latents) + shift[:, None]
+
+    def run(**options):
+        seen.clear()
+        told_of = {"shift": shift}
+        return sample_ancestral(told, process, x, times(64), keys, latents=latents, conditions=told_of, **options)
+
+    plain = run()
+    assert seen == [12] * 64
+    assert torch.equal(run(skip_idle=True, callback=steps.append), plain)
+    assert len(seen) < 64 and sum(seen) <= 10 * 5 + 1
+    assert [len(step["rows"]) for step in steps if len(step["rows"])] == seen and len(steps) == 64
+    assert all((step["logits"] is None) == (len(step["rows"]) == 0) for step in steps)
+
+
+def test_skipping_wants_coins_that_do_not_look():
+    process, keys = ConfidenceProcess(S), random.keys(0, 2)
+    with pytest.raises(ValueError, match="skip_idle is for processes that say what a step unmasks"):
+        x = process.prior((2, D), keys)
+        sample_ancestral(ExactTeacher(LAW, S, D), process, x, times(2), keys, skip_idle=True)
+
+
+def test_the_host_waits_once(monkeypatch):
+    """Whether a draw failed is asked at the end, whatever the number of steps."""
+    asked = []
+    read = torch.Tensor.__bool__
+
+    def watched(self):
+        asked.append(sys._getframe(1).f_code.co_filename)
+        return read(self)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", watched)
+    process, keys = AbsorbingProcess(S), random.keys(0, 3)
+    sample_ancestral(ExactTeacher(LAW, S, D), process, process.prior((3, D), keys), times(9), keys)
+    assert sum("sampler" in Path(file).parts for file in asked) == 1
+
+
+def test_a_draw_that_fails_spoils_no_other():
+    """The sample goes on with a mask there, and the first time is named in the end."""
+    process, keys = AbsorbingProcess(S), random.keys(0, 4)
+
+    def broken(x, t):
+        assert ((x >= 0) & (x <= S)).all()
+        logits = torch.zeros(4, D, S)
+        logits[2, 0] = torch.nan if t[0] > 0.6 else 0.0
+        return logits
+
+    with pytest.raises(ValueError, match=r"at t = (1|0\.\d+), first at sample 2, position 0"):
+        sample_ancestral(broken, process, process.prior((4, D), keys), [1.0, 0.7, 0.0001, 0.0], keys)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_a_nucleus_holds_every_token(num_steps):
+    """With top_p each token is one of those that make it up, of the mixture's component a latent chose."""
+    generator = torch.Generator().manual_seed(7)
+    table = 2 * torch.randn(2, 4**3, 3, 3, generator=generator)
+    process, student, draw, keys = AbsorbingProcess(3), TableStudent(table), finite_latents(2), random.keys(8, 500)
+    steps = []
+    sample_ancestral(
+        student,
+        process,
+        process.prior((500, 3), keys),
+        times(num_steps),
+        keys,
+        latents=lambda keys: draw(keys, 1)[:, 0],
+        top_p=0.6,
+        callback=steps.append,
+    )
+    for step in steps:
+        inside = nucleus(step["logits"], 0.6) > -torch.inf
+        new = (step["x_t"] == 3) & (step["x_s"] != 3)
+        assert inside.gather(-1, step["x_s"].clamp(max=2)[..., None])[..., 0][new].all() and new.any()
+        assert (~inside).any()
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_analytic_steps_are_ancestral_ones_and_a_denoising(num_steps):
+    """Of masked diffusion; what is clean stays, and without a mask left the last evaluation is not made."""
+    process, teacher, keys = AbsorbingProcess(S, "log_linear"), ExactTeacher(LAW, S, D), random.keys(9, 4000)
+    x = process.prior((len(keys), D), keys)
+    x[::2, 1] = 1
+    steps = []
+    grid = [*analytic_times(num_steps + 1, 0.3).tolist()]
+    x_0 = sample_analytic(teacher, process, x, grid, keys, final="draw", callback=steps.append)
+    assert torch.equal(x_0, sample_ancestral(teacher, process, x, [*grid, 0.0], keys))
+    assert (x_0[::2, 1] == 1).all() and (x_0 < S).all() and len(steps) == num_steps + 1
+    likeliest = sample_analytic(teacher, process, x, grid, keys)
+    left = steps[-1]["x_t"] == S
+    assert left.any() and torch.equal(likeliest[left], teacher(steps[-1]["x_t"], None).argmax(-1)[left])
+    steps.clear()
+    sample_analytic(teacher, process, x[:20], analytic_times(num_steps + 1, 1e-9), keys[:20], callback=steps.append)
+    assert len(steps) == num_steps

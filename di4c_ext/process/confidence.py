@@ -91,6 +91,7 @@ class ConfidenceProcess(AbsorbingProcess):
         *,
         draws: int | None = None,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         stream: int = 0,
     ) -> Tensor:
         """x_s (B, D), or (B, draws, D): independent steps t -> s from one row of logits (B, D, S) each.
@@ -98,7 +99,7 @@ class ConfidenceProcess(AbsorbingProcess):
         k = max(0, floor(n - D m(s))) of a sample's n masked positions are revealed, the same number in every draw: how
         many are clean at s is given, how many were at t is chance. Where it was much, k is 0 and x_s is x_t. A row of
         logits without a distribution leaves -1 where it is masked. temperature divides the logits (a published
-        multiplier is its inverse).
+        multiplier is its inverse); top_p draws from the nucleus of each row, and log p is then within it.
         """
         caller = f"{_NAME}.step"
         arguments.states(caller, "x_t", x_t, keys)
@@ -106,7 +107,13 @@ class ConfidenceProcess(AbsorbingProcess):
         t, s = arguments.time(_NAME, "t", t), arguments.time(_NAME, "s", s)
         arguments.falling(_NAME, t, s)
         length, x = x_t.shape[1], rows.whole(logits)
-        options = {"draws": draws, "stream": stream, "temperature": temperature, "return_log_prob": True}
+        options = {
+            "draws": draws,
+            "stream": stream,
+            "temperature": temperature,
+            "top_p": top_p,
+            "return_log_prob": True,
+        }
         drawn: Any
         if self.mask_id < self.num_states:  # a class like any other
             drawn = ops.sample_categorical(x, keys, **options)  # type: ignore[arg-type]
@@ -126,6 +133,8 @@ class ConfidenceProcess(AbsorbingProcess):
             noise=noise,
             stream=stream,
         )
+
+    unmasked = None  # type: ignore[assignment]  # which positions a step reveals hangs on the logits
 
     def posterior(self, x_t: Tensor, logits: Tensor, t: Time, s: Time) -> Tensor:  # type: ignore[override]
         """Refused: positions are revealed together, so no table of single positions is the law of `step`."""

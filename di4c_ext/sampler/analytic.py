@@ -1,16 +1,17 @@
 """The pixel systems' sampler: posterior steps down to a last time above 0, and one denoising from there.
 
 Near the data little noise is left (at t = 0.01 six of 256 levels, one standard deviation); published samples stop there
-and take the likeliest level of every position.
+and take the likeliest level of every position. Of masked diffusion a posterior step is the process's own (for its
+schedules the published analytic update is the same law); at the last time, 1e-5 as published, hardly a mask is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +23,15 @@ from di4c_ext.sampler.common import (
     LATENTS,
     STEP,
     Callback,
+    Failures,
     LatentSource,
     as_grid,
     ask,
-    check_drawn,
     check_levels,
     check_logits,
+    check_masked,
     evaluation_keys,
+    has_masks,
     step_of,
 )
 from di4c_ext.sampler.guidance import LOGITS_BYTES, in_pieces
@@ -57,6 +60,8 @@ def sample_analytic(
     final: Final = "argmax",
     marginal: bool = False,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    conditions: Mapping[str, Tensor] | None = None,
     logits_bytes: int = LOGITS_BYTES,
     callback: Callback = None,
 ) -> Tensor:
@@ -64,12 +69,15 @@ def sample_analytic(
 
     x (B, D) int64 is the state at times[0], process.prior(...). A step draws x_0 from the denoiser and x_s from the
     posterior given it; marginal=True draws x_s in one go from the posterior averaged over x_0, which is the same law.
+    With masks x may hold known states among them, which are kept; the final denoising fills the masks that are left,
+    and where there are none it is not made, for which the host waits for the device.
     final: "argmax" takes the likeliest state of every position at the last time, "draw" draws it.
 
     latents: None for a teacher; for a student keys (B,) -> (B, C), called at every evaluation with fresh keys, or
     (B, C), the same at every one. last_latents: K > 1 evaluates K latents at the last time, one after the other, and
     keeps of each sample the x_0 whose likeliest states have the largest sum of log-probabilities; n - 1 + K
-    evaluations. temperature: of the draws of x_0.
+    evaluations; not with masks. temperature, top_p: of the draws of x_0. conditions: (B, ...) each, what the denoiser
+    is told of the samples, by the names of its arguments.
 
     keys (B,): a sample depends on its own key alone, whatever the batch. logits_bytes: where logits
     have to be made, those of a `GuidedDenoiser` and of a Logistic without kernels, then of no more samples at a time
@@ -77,7 +85,7 @@ def sample_analytic(
     every evaluation: i, t, s, x_t, logits, x_s, with s = 0 at the last; under K > 1 the last has `score` (B,) and
     `chosen` (B,), 0..K-1, in place of logits.
 
-    Raises ValueError for arguments that do not fit, a process with masks, and logits that hold no distribution.
+    Raises ValueError for arguments that do not fit, and logits that hold no distribution.
     """
     op = "sample_analytic"
     grid = as_grid(op, times, least=1, to_zero=False)
@@ -88,10 +96,11 @@ def sample_analytic(
             f"{op}: last_latents {last_latents} needs latents to choose from, a function keys (B,) -> (B, C), "
             f"got {'none' if latents is None else 'fixed ones'}"
         )
+    if last_latents > 1 and has_masks(process):
+        raise ValueError(f"{op}: last_latents {last_latents} is for processes without masks, got {process!r}")
     cast = [(denoiser, latents)] * len(grid)
-    return _run(
-        op, cast, process, x, grid, keys, last_latents, final, marginal, temperature, logits_bytes, callback=callback
-    )
+    settings = _Settings(final, marginal, temperature, top_p, logits_bytes, last_latents, conditions)
+    return _run(op, cast, process, x, grid, keys, settings, callback)
 
 
 def sample_hybrid(
@@ -107,6 +116,7 @@ def sample_hybrid(
     final: Final = "argmax",
     marginal: bool = False,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
     callback: Callback = None,
 ) -> Tensor:
@@ -126,7 +136,21 @@ def sample_hybrid(
             f"{op}: teacher_evaluations must lie between 0 and the {len(grid)} evaluations, got {teacher_evaluations}"
         )
     cast = [(student, latents)] * (len(grid) - teacher_evaluations) + [(teacher, None)] * teacher_evaluations
-    return _run(op, cast, process, x, grid, keys, 1, final, marginal, temperature, logits_bytes, callback=callback)
+    return _run(
+        op, cast, process, x, grid, keys, _Settings(final, marginal, temperature, top_p, logits_bytes), callback
+    )
+
+
+class _Settings(NamedTuple):
+    """What both samplers are told; the names are those of `sample_analytic`."""
+
+    final: Final
+    marginal: bool
+    temperature: float
+    top_p: float
+    logits_bytes: int
+    last_latents: int = 1
+    conditions: Mapping[str, Tensor] | None = None
 
 
 def _run(
@@ -136,30 +160,33 @@ def _run(
     x: Tensor,
     grid: list[float],
     keys: Tensor,
-    last_latents: int,
-    final: Final,
-    marginal: bool,
-    temperature: float,
-    logits_bytes: int,
-    *,
+    settings: _Settings,
     callback: Callback,
 ) -> Tensor:
     """cast: the denoiser of each evaluation, and its latents."""
-    check_levels(op, process, x, keys)
+    final, marginal, temperature, top_p, logits_bytes, last_latents, conditions = settings
+    masked = has_masks(process)
+    (check_masked if masked else check_levels)(op, process, x, keys)
     if final not in ("argmax", "draw"):
         raise ValueError(f"{op}: final must be 'argmax' or 'draw', got {final!r}")
     step = getattr(process, "step_marginal", None) if marginal else process.step
     if step is None:
         raise ValueError(f"{op}: {process!r} has no step_marginal; leave marginal False")
-    last = partial(_denoise, temperature if final == "draw" else 0.0)
+    coolest = temperature if final == "draw" else 0.0
+    last: Callable[..., tuple[Tensor, ...]] = partial(_denoise, coolest, top_p)
+    if masked:
+        last = partial(step_of, process.step, masked, grid[-1], 0.0, coolest, top_p)
+    failures, made = Failures(op, x), top_p < 1
     with ExitStack() as modes:
         for denoiser in {id(denoiser): denoiser for denoiser, _ in cast}.values():
             modes.enter_context(inference(denoiser, x.device))
         for i, (t, s) in enumerate(pairwise([*grid, 0.0])):
+            if s == 0 and masked and not bool((x == process.mask_id).any()):
+                break
             key = evaluation_keys(keys, i, LATENTS + last_latents)
 
             def logits_of(k: int, i: int = i, t: float = t, x: Tensor = x, key: Tensor = key) -> Any:
-                logits = ask(cast[i][0], x, t, cast[i][1], key[LATENTS + k])
+                logits = ask(cast[i][0], x, t, cast[i][1], key[LATENTS + k], conditions)
                 check_logits(op, process, logits, x)
                 return logits
 
@@ -167,18 +194,18 @@ def _run(
                 x_s, seen = _best(last, [partial(logits_of, k) for k in range(last_latents)], key[STEP], logits_bytes)
             else:
                 logits = logits_of(0)
-                draw = last if s == 0 else partial(step_of, step, t, s, temperature)
-                (x_s,) = in_pieces(draw, logits, logits_bytes, key[STEP], x)
+                draw = last if s == 0 else partial(step_of, step, masked, t, s, temperature, top_p)
+                (x_s,) = in_pieces(draw, logits, logits_bytes, key[STEP], x, made=made)
                 seen = {"logits": logits}
-            check_drawn(op, x_s, t)
             if callback is not None:
                 callback({"i": i, "t": t, "s": s, "x_t": x, "x_s": x_s, **seen})
-            x = x_s
+            x = failures.filled(x_s, x, t)
+    failures.check()
     return x
 
 
-def _denoise(temperature: float, logits: Logits, key: Tensor, *_: Tensor) -> tuple[Any]:
-    return (sample_categorical(logits, key, temperature=temperature),)
+def _denoise(temperature: float, top_p: float, logits: Logits, key: Tensor, *_: Tensor) -> tuple[Any]:
+    return (sample_categorical(logits, key, temperature=temperature, top_p=top_p),)
 
 
 def _best(
@@ -187,7 +214,7 @@ def _best(
     """x_0 (B, D) of the evaluation whose likeliest states score highest, the first of equals; its score and number."""
 
     def scored(logits: Logits, key: Tensor) -> tuple[Tensor, Tensor]:
-        (likeliest,) = _denoise(0.0, logits, key)
+        (likeliest,) = _denoise(0.0, 1.0, logits, key)
         # A row without a distribution has likeliest state -1, which has no probability to look up.
         score = mixture_log_prob(_one_component(logits), likeliest.clamp(min=0)[:, None])[0][:, 0]
         (x_0,) = denoise(logits, key)
@@ -208,4 +235,4 @@ def _one_component(logits: Logits) -> Logits:
     """(B, D, S) as (B, 1, D, S)."""
     if isinstance(logits, Logistic):
         return logits._replace(mean=logits.mean[:, None], log_scale=logits.log_scale[:, None])
-    return logits._replace(states=logits.states[:, None]) if isinstance(logits, Hidden) else logits[:, None]
+    return logits.mapped(lambda x: x[:, None]) if isinstance(logits, Hidden) else logits[:, None]

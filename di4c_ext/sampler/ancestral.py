@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -15,11 +15,12 @@ from di4c_ext.sampler.common import (
     LATENTS,
     STEP,
     Callback,
+    Failures,
     LatentSource,
     as_grid,
     ask,
-    check_drawn,
     evaluation_keys,
+    has_masks,
     step_of,
 )
 from di4c_ext.sampler.guidance import LOGITS_BYTES, in_pieces
@@ -41,6 +42,9 @@ def sample_ancestral(
     *,
     latents: LatentSource = None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    skip_idle: bool = False,
+    conditions: Mapping[str, Tensor] | None = None,
     logits_bytes: int = LOGITS_BYTES,
     callback: Callback = None,
 ) -> Tensor:
@@ -50,22 +54,45 @@ def sample_ancestral(
     (infilling). The grid falls strictly within [1, 0]; where it ends in 0 no mask is left, where it ends above, x at
     that time comes back, ready for another denoiser. latents: None for a teacher; for a student keys (B,) -> (B, C),
     called at every step with fresh keys, so that each step mixes anew, or (B, C), the same at every step. keys (B,): a
-    sample depends on its own key alone, whatever the batch. logits_bytes: for guided logits, see `GuidedDenoiser`.
-    callback gets a dict at every step: i, t, s, x_t, logits, x_s.
+    sample depends on its own key alone, whatever the batch. temperature, top_p: of the draws of tokens.
 
-    Raises ValueError for a grid that does not fall, and for logits that hold no distribution at a masked position.
+    skip_idle: ask the denoiser only for the samples of which a step unmasks something. Which those are the coins say,
+    whatever the logits, so the samples stay what they are (up to a draw that falls within the rounding of a network on
+    another batch); a sample costs at most as many evaluations as it has masks, however many the steps. The host then
+    waits for the device at every step; by default it waits once, at the end.
+
+    conditions: (B, ...) each, what the denoiser is told of the samples, by the names of its arguments. logits_bytes:
+    for guided logits, see `GuidedDenoiser`. callback gets a dict at every step: i, t, s, x_t, logits, x_s; under
+    skip_idle also rows (B',), the samples that the logits are of, which are None where no sample was asked for.
+
+    Raises ValueError for a grid that does not fall, for logits that hold no distribution at a masked position, and for
+    skip_idle with a process whose steps draw everywhere.
     """
     op = "sample_ancestral"
     grid = as_grid(op, times, least=2, to_zero=True)
+    unmasked = getattr(process, "unmasked", None)
+    if skip_idle and unmasked is None:
+        raise ValueError(f"{op}: skip_idle is for processes that say what a step unmasks, got {process!r}")
+    failures, masked = Failures(op, x), has_masks(process)
+    told = dict(conditions or {})
     with inference(denoiser, x.device):
         for i, (t, s) in enumerate(pairwise(grid)):
             key = evaluation_keys(keys, i)
-            logits = ask(denoiser, x, t, latents, key[LATENTS])
-
-            draw = partial(step_of, process.step, t, s, temperature)
-            (x_s,) = in_pieces(draw, logits, logits_bytes, key[STEP], x)
-            check_drawn(op, x_s, t)
+            logits, x_s, seen = None, x, {}
+            rows: slice | Tensor = slice(None)
+            if skip_idle:
+                rows = unmasked(x, t, s, key[STEP]).any(1).nonzero()[:, 0]  # type: ignore[misc]  # checked above
+                seen = {"rows": rows}
+            if isinstance(rows, slice) or len(rows):
+                fixed = latents[rows] if isinstance(latents, Tensor) else latents
+                mine = {name: value[rows] for name, value in told.items()}
+                logits = ask(denoiser, x[rows], t, fixed, key[LATENTS][rows], mine)
+                draw = partial(step_of, process.step, masked, t, s, temperature, top_p)
+                (x_s,) = in_pieces(draw, logits, logits_bytes, key[STEP][rows], x[rows], made=top_p < 1)
+                if not isinstance(rows, slice):
+                    x_s = x.index_copy(0, rows, x_s)
             if callback is not None:
-                callback({"i": i, "t": t, "s": s, "x_t": x, "logits": logits, "x_s": x_s})
-            x = x_s
+                callback({"i": i, "t": t, "s": s, "x_t": x, "logits": logits, "x_s": x_s, **seen})
+            x = failures.filled(x_s, x, t)
+    failures.check()
     return x

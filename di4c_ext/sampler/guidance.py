@@ -57,9 +57,9 @@ class GuidedDenoiser(nn.Module):
         self.teacher = teacher
         self.scale = float(scale)
 
-    def forward(self, x_t: Tensor, t: Tensor, latents: Tensor | None = None) -> GuidedLogits:
-        told = {} if latents is None else {"latents": latents}
-        teacher, student = self.teacher(x_t, t), self.student(x_t, t, **told)
+    def forward(self, x_t: Tensor, t: Tensor, latents: Tensor | None = None, **conditions: Tensor) -> GuidedLogits:
+        told = conditions if latents is None else {"latents": latents, **conditions}
+        teacher, student = self.teacher(x_t, t, **conditions), self.student(x_t, t, **told)
         if teacher.shape != student.shape:
             raise ValueError(
                 f"GuidedDenoiser: teacher and student must give logits of one shape (B, D, S), got "
@@ -72,17 +72,23 @@ def rows(logits: Logits, samples: slice) -> Logits:
     """The logits of some samples, in the form they have."""
     if isinstance(logits, Logistic):
         return logits._replace(mean=logits.mean[samples], log_scale=logits.log_scale[samples])
-    return logits._replace(states=logits.states[samples]) if isinstance(logits, Hidden) else logits[samples]
+    return logits.mapped(lambda x: x[samples]) if isinstance(logits, Hidden) else logits[samples]
 
 
 def in_pieces(
-    function: Callable[..., Any], logits: Logits | GuidedLogits, logits_bytes: int, *per_sample: Tensor
+    function: Callable[..., Any],
+    logits: Logits | GuidedLogits,
+    logits_bytes: int,
+    *per_sample: Tensor,
+    made: bool = False,
 ) -> tuple[Tensor, ...]:
     """function(logits, *per_sample) -> tensors, in pieces of samples wherever logits would have to be made.
 
-    That is of GuidedLogits, and of a Logistic without kernels for it. A piece takes logits_bytes or is one sample.
+    That is of GuidedLogits, and of a Logistic without kernels for it, or where `made` says that the function makes its
+    logits. A piece takes logits_bytes or is one sample.
     """
-    if isinstance(logits, Tensor | Hidden) or (isinstance(logits, Logistic) and has_kernels(logits.device)):
+    kernels = isinstance(logits, Logistic) and has_kernels(logits.device) and not made
+    if isinstance(logits, Tensor | Hidden) or kernels:
         return function(logits, *per_sample)
     each = bytes_per_logit(logits.device) * math.prod(logits.shape[1:])
     done = []

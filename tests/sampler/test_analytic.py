@@ -251,7 +251,11 @@ def test_refusals():
         ({"last_latents": 2, "latents": torch.zeros(5, 1)}, ValueError, "got fixed ones"),
         ({"x": x.float()}, ValueError, r"x must be int64 \(B, D\), got torch.float32"),
         ({"keys": keys[:4]}, ValueError, r"keys must be \(5,\), one a sample of x, got \(4,\)"),
-        ({"process": AbsorbingProcess(S)}, ValueError, "has masks.*use sample_ancestral"),
+        (
+            {"process": AbsorbingProcess(S), "last_latents": 2, "latents": lambda keys: torch.zeros(5, 1)},
+            ValueError,
+            "last_latents 2 is for processes without masks",
+        ),
         ({"process": UniformProcess(S), "marginal": True}, ValueError, "has no step_marginal"),
         ({"process": Chain(S + 1)}, ValueError, r"must give logits \(B, D, S\) = \(5, 2, 4\), got \(5, 2, 3\)"),
     ):
