@@ -30,10 +30,19 @@ def flip_images(
         raise ValueError(
             f"flip_images: x_0 must be (B, {' * '.join(map(str, shape))}) for images of {shape}, got {tuple(x_0.shape)}"
         )
+    return one_of_two(x_0, mirrored(x_0, shape, layout), keys, stream=stream)
+
+
+def mirrored(x_0: Tensor, shape: tuple[int, ...], layout: Layout = "HWC") -> Tensor:
+    """x_0 (B, D) levels of images of `shape` (height, width[, channels]), each of them mirrored left to right."""
     height, width, channels = (*shape, 1)[:3]
     size = (height, width, channels) if layout == "HWC" else (channels, height, width)
-    mirrored = x_0.view(-1, *size).flip(layout.index("W") + 1).flatten(1)
-    return torch.where(random.uniform(keys, 1, stream=stream) < 0.5, mirrored, x_0)
+    return x_0.view(-1, *size).flip(layout.index("W") + 1).flatten(1)
+
+
+def one_of_two(x_0: Tensor, other: Tensor, keys: Tensor, *, stream: int = 0) -> Tensor:
+    """Each row of x_0 (B, D), or with probability 1/2 by its key (B,) that of `other`."""
+    return torch.where(random.uniform(keys, 1, stream=stream) < 0.5, other, x_0)
 
 
 def augment_images(

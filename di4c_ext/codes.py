@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from di4c_ext import checkpoints
+from di4c_ext import checkpoints, lazy_rows
+from di4c_ext.augment import mirrored
 from di4c_ext.data import ImageTokens
+from di4c_ext.lazy_rows import LazyRows, MappedCodes, Rows, taken
 from di4c_ext.models import VQConfig, VQModel
 
 VQ_FOLDER = "vq"  # of a run's folder: the model whose codes it was trained on
-CODES, STATE = "codes.npy", "state.json"
+CODES, STATE, LOCK = "codes.npy", "state.json", "lock"
 LEVELS = 256  # of a decoded picture where nobody says how many
-CHUNK = 2048  # images between two notes of how far it has come
+CHUNK, CHUNK_BYTES = 2048, 64 << 20  # images between two notes of how far it has come, and their size as floats
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,34 @@ class ImageCodes(ImageTokens):
     """N images as codes: `ImageTokens` whose shape is the grid of codes and whose states are those of the code-book.
 
     codebook: `VQModel.fingerprint`. num_classes: of the labels, which are told to the network; 0 where there are none.
+    mirrored (N, D): the codes of the mirror images, where training draws these too; they are no mirrored codes, for
+    what an encoder says of an image is not what it says of its mirror image.
     """
 
     codebook: str = ""
     num_classes: int = 0
+    mirrored: Rows | None = None
+
+    def subset(self, index: Tensor) -> ImageCodes:
+        cut: Any = super().subset(index)
+        return cut if self.mirrored is None else replace(cut, mirrored=taken(self.mirrored, index))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return super().__getitem__(index) | self._label(torch.tensor(index))
+        return super().__getitem__(index) | self._beside(torch.tensor(index))
 
     def __getitems__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        return super().__getitems__(index) | self._label(torch.as_tensor(index, dtype=torch.int64))
+        return super().__getitems__(index) | self._beside(torch.as_tensor(index, dtype=torch.int64))
 
-    def _label(self, index: Tensor) -> dict[str, Tensor]:
+    def _beside(self, index: Tensor) -> dict[str, Tensor]:
         # Not "labels": to transformers' Trainer these are what a language model is to predict, and count as tokens.
-        return {} if self.labels is None else {"label": self.labels[index]}
+        told = {} if self.labels is None else {"label": self.labels[index]}
+        return told if self.mirrored is None else told | {"mirrored": self.mirrored[index].long()}
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{super().fingerprint()} {self.codebook} {self.num_classes}".encode()).hexdigest()
+        told = f"{super().fingerprint()} {self.codebook} {self.num_classes}"
+        if self.mirrored is not None:
+            told += f" {replace(self, tokens=self.mirrored, mirrored=None).fingerprint()}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 def open_vq(folder: str | Path) -> VQModel:
@@ -119,30 +133,30 @@ class Decoder:
 def codes_of(images: ImageTokens, vq: VQModel, cache: Path, batch_size: int = 64) -> ImageCodes:
     """The images as codes, from `cache` where they are there, else made now and kept.
 
-    The cache has a folder for each (images, VQ model). Making them notes how far it has come, and goes on from there
-    after a stop. Tokens are mapped: pages are read as they are asked for, and what is written to them stays in memory.
+    The cache has a folder for each (images, VQ model). Making them reads some images at a time, notes how far it has
+    come, and goes on from there after a stop; of several processes one makes them, the others wait. Tokens are mapped:
+    pages are read as they are asked for. Of images that training mirrors the mirror images' codes are made too.
 
-    Raises ValueError for images that the VQ model does not take, labels that are no classes, and mirrored images.
+    Raises ValueError for images that the VQ model does not take, and labels that are no classes.
     """
     check_images(images, vq.config, "--vq_model")
-    if images.horizontal_flip:
-        raise ValueError(
-            "--horizontal_flip: the codes of a mirrored image are others, not these mirrored; leave it out"
-        )
     if images.labels is not None and int(images.labels.min()) < 0:
         raise ValueError(f"{images.name}: label {int(images.labels.min())}: classes are numbered from 0")
     folder = cache / f"codes-{_key(images, vq)}"
     if not _made(folder, images, vq):
-        _make(folder, images, vq, batch_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            _make(folder, images, vq, batch_size)
     return ImageCodes(
         name=images.name,
-        tokens=torch.from_numpy(np.load(folder / CODES, mmap_mode="c")),
+        tokens=_rows(folder, slice(0, len(images))),
         example=images.example,
         labels=images.labels,
         shape=tuple(vq.config.grid),
         num_states=vq.config.num_codes,
         codebook=vq.fingerprint(),
         num_classes=0 if images.labels is None else int(images.labels.max()) + 1,
+        mirrored=_rows(folder, slice(len(images), None)) if images.horizontal_flip else None,
     )
 
 
@@ -157,9 +171,12 @@ def classes_like(images: ImageTokens, n: int) -> Tensor | None:
     return chosen[torch.argsort(rank * (int(ordered[-1]) + 1) + chosen)]
 
 
-def usage(codes: Tensor, num_codes: int) -> dict[str, float]:
+def usage(codes: Rows, num_codes: int) -> dict[str, float]:
     """How a code-book is used by codes (N, D): codes that occur at all, and exp of their entropy."""
-    share = codes.flatten().long().bincount(minlength=num_codes) / max(codes.numel(), 1)
+    counted = torch.zeros(num_codes, dtype=torch.int64)
+    for some in codes.split(lazy_rows.AT_ONCE):
+        counted += some.flatten().long().cpu().bincount(minlength=num_codes)
+    share = counted / max(int(counted.sum()), 1)
     return {"codes_used": float((share > 0).sum()), "perplexity": float(torch.special.entr(share).sum().exp())}
 
 
@@ -181,36 +198,78 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _dtype(vq: VQModel) -> type:
-    return np.uint8 if vq.config.num_codes <= 256 else np.int32
+    """The narrowest that holds a code."""
+    kinds = (np.uint8, np.int16, np.int32)
+    return next(kind for kind in kinds if vq.config.num_codes - 1 <= np.iinfo(kind).max)
+
+
+def _rows(folder: Path, rows: slice) -> Rows:
+    """Some rows of the file of codes, mapped; where they are many, without a page of those that nobody asks for."""
+    mapped: np.ndarray = np.load(folder / CODES, mmap_mode="c")[rows]
+    if mapped.nbytes <= lazy_rows.IN_MEMORY:
+        return torch.from_numpy(mapped)
+    return LazyRows(MappedCodes(folder / CODES, rows))
 
 
 def _mapped(folder: Path, images: ImageTokens, vq: VQModel) -> np.ndarray | None:
     """The file of codes, open to be written, where it is one of this shape."""
     try:
+        np.load(folder / CODES, mmap_mode="r")  # which sees a lost end; "r+" would put zeros there
         codes: np.ndarray = np.load(folder / CODES, mmap_mode="r+")
     except (OSError, ValueError, EOFError):  # none, or damaged
         return None
-    fits = codes.shape == (len(images), vq.config.length) and codes.dtype == _dtype(vq)
+    fits = codes.shape == (_num_rows(images), vq.config.length) and codes.dtype == _dtype(vq)
     return codes if fits else None
+
+
+def _num_rows(images: ImageTokens) -> int:
+    """Of the file: the images, and after them their mirror images."""
+    return len(images) * (1 + images.horizontal_flip)
 
 
 def _made(folder: Path, images: ImageTokens, vq: VQModel) -> bool:
     return _state(folder).get("done") == len(images) and _mapped(folder, images, vq) is not None
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system has locks; they end with the process that has them, however it ends."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / LOCK, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def _make(folder: Path, images: ImageTokens, vq: VQModel, batch_size: int) -> None:
     """Writes the codes from where an earlier attempt stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
     done, codes = int(_state(folder).get("done", 0)), _mapped(folder, images, vq)
     if codes is None:
         done = 0
-        shape = (len(images), vq.config.length)
+        _note(folder, done, images)  # before a file of nothing lies there
+        shape = (_num_rows(images), vq.config.length)
         codes = np.lib.format.open_memmap(folder / CODES, mode="w+", dtype=_dtype(vq), shape=shape)
+    step = max(1, min(CHUNK, CHUNK_BYTES // (4 * images.length)))
     with tqdm(total=len(images), initial=done, desc="codes", unit="image", delay=5, mininterval=1) as bar:
-        for start in range(done, len(images), CHUNK):
-            rows = slice(start, min(start + CHUNK, len(images)))
-            made = vq.encode(as_input(images.tokens[rows], images), batch_size)
-            codes[rows] = made.cpu().numpy().astype(codes.dtype)
+        for start in range(done, len(images), step):
+            end = min(start + step, len(images))
+            levels = images.tokens[start:end]
+            codes[start:end] = _encoded(levels, images, vq, batch_size, codes.dtype)
+            if images.horizontal_flip:
+                flipped = mirrored(levels, images.shape, images.layout)
+                own = slice(len(images) + start, len(images) + end)
+                codes[own] = _encoded(flipped, images, vq, batch_size, codes.dtype)
             codes.flush()  # type: ignore[attr-defined]  # a memmap: on disk before it is said to be there
-            checkpoints.write_text(folder / STATE, json.dumps({"done": rows.stop, "images": len(images)}) + "\n")
-            bar.update(rows.stop - rows.start)
+            _note(folder, end, images)
+            bar.update(end - start)
+
+
+def _note(folder: Path, done: int, images: ImageTokens) -> None:
+    checkpoints.write_text(folder / STATE, json.dumps({"done": done, "images": len(images)}) + "\n")
+
+
+def _encoded(levels: Tensor, images: ImageTokens, vq: VQModel, batch_size: int, dtype: np.dtype[Any]) -> np.ndarray:
+    return vq.encode(as_input(levels, images), batch_size).cpu().numpy().astype(dtype)

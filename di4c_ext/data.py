@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from di4c_ext import image_files, random
+from di4c_ext import image_files, lazy_rows, picture_sets, random
 from di4c_ext.examples import Examples
+from di4c_ext.lazy_rows import LazyRows, Rows, taken
 
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = {"digits": 17, "fashion_mnist": None}  # name -> number of states; None: as many as are asked for
@@ -34,7 +35,8 @@ Layout = Literal["HWC", "CHW"]
 class ImageTokens(Examples):
     """N images as tokens.
 
-    tokens (N, D), uint8 where the states fit and int32 otherwise; example (N,) int64, the number of each image in
+    tokens (N, D), uint8 where the states fit and int32 otherwise, read as they are asked for where all of them would
+    take too much memory (`lazy_rows`); example (N,) int64, the number of each image in
     the whole data set; labels (N,) int64 or None; shape (height, width) or (height, width, channels).
     layout: the order of the D positions of an image with channels, "HWC" a pixel's channels together, "CHW" one channel
     after the other, as the pixel networks have it; grey images have one order. horizontal_flip: whether training
@@ -42,7 +44,7 @@ class ImageTokens(Examples):
     """
 
     name: str
-    tokens: Tensor
+    tokens: Rows
     example: Tensor
     labels: Tensor | None
     shape: tuple[int, ...]
@@ -53,11 +55,11 @@ class ImageTokens(Examples):
     def subset(self, index: Tensor) -> ImageTokens:
         """The images named by `index` (int64), with their example numbers and labels."""
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, tokens=self.tokens[index], example=self.example[index], labels=labels)
+        return replace(self, tokens=taken(self.tokens, index), example=self.example[index], labels=labels)
 
     def images(self) -> Tensor:
         """(N, height, width[, channels]), whatever the layout."""
-        return as_images(self.tokens, self.shape, self.layout)
+        return as_images(self.tokens[:], self.shape, self.layout)
 
     def fingerprint(self) -> str:
         """Hex digest of everything a model trained on this data depends on."""
@@ -67,7 +69,8 @@ class ImageTokens(Examples):
         if self.horizontal_flip:
             told += " flipped"
         digest = hashlib.sha256(told.encode())
-        digest.update(self.tokens.contiguous().numpy().tobytes())
+        tokens = self.tokens
+        digest.update(tokens.digest() if isinstance(tokens, LazyRows) else tokens.contiguous().numpy().tobytes())
         digest.update(self.example.contiguous().numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.contiguous().numpy().tobytes())
@@ -102,8 +105,10 @@ def load(
     another name   what `datasets.load_dataset` knows by it
 
     Images have 256 levels, cut into num_states where that is given. Pictures keep their size, which must be one, or
-    are resized to image_size; they are grey where all of them are, unless grayscale says. dataset_split: "train" or
-    "test" for CIFAR-10 and Fashion-MNIST. layout, horizontal_flip: see `ImageTokens`.
+    are made squares of image_size: the shorter side becomes that, the middle is cut out. They are grey where all of
+    them are, unless grayscale says. Where they do not fit into memory they are read as they are asked for
+    (`picture_sets`). dataset_split: "train" or "test" for CIFAR-10 and Fashion-MNIST. layout, horizontal_flip: see
+    `ImageTokens`.
 
     Raises ValueError where the source cannot be read so, or a value lies outside its states.
     """
@@ -124,19 +129,43 @@ def load(
     if image_size is not None and image_size < 1:
         raise ValueError(f"--image_size {image_size}: must be at least 1")
     name, cifar10 = dataset_name, image_files.cifar10_folder(path)
+    levels = 256 if num_states is None else num_states
     if dataset_name in BUILT_IN or cifar10 is not None:
         if cifar10 is None:
             images, labels = image_files.read_fashion_mnist(dataset_split)
         else:
             name, (images, labels) = "cifar10", image_files.read_cifar10(cifar10, dataset_split)
         _check_kept(name, images, image_size, grayscale)
-    elif path.is_dir():
-        name = path.name
-        images, labels = image_files.read_folder(path, image_size, grayscale)
+        return make(quantise(images, levels), labels, num_states=levels, name=name)
+    if path.is_dir():
+        name, pictures = path.name, picture_sets.folder_set(path)
     else:
-        images, labels = image_files.read_hub(name, dataset_config, dataset_split, image_size, grayscale, BUILT_IN)
-    levels = 256 if num_states is None else num_states
-    return make(quantise(images, levels), labels, num_states=levels, name=name)
+        pictures = picture_sets.hub_set(name, dataset_config, dataset_split, BUILT_IN)
+    held = pictures.look(image_size, grayscale)
+    if held is not None:
+        return make(quantise(held, levels), pictures.labels, num_states=levels, name=name)
+    # Too many for memory: two of them go the way of all, and the rows become the pictures themselves.
+    first = make(quantise(pictures.pixels(np.arange(min(2, len(pictures)))), levels), num_states=levels, name=name)
+    return replace(
+        first,
+        tokens=lazy_rows.LazyRows(_Levels(pictures, levels, layout)),
+        example=torch.arange(len(pictures)),
+        labels=None if pictures.labels is None else torch.from_numpy(pictures.labels.astype(np.int64)),
+    )
+
+
+class _Levels:
+    """Pictures as rows of levels, `lazy_rows.Source`."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, pictures: picture_sets.PictureSet, num_states: int, layout: Layout) -> None:
+        self._pictures, self._num_states, self._layout = pictures, num_states, layout
+        self.shape = len(pictures), math.prod(pictures.form)
+        self.fingerprint: str | None = f"{pictures.fingerprint} {pictures.form}"
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        return _positions(quantise(self._pictures.pixels(index), self._num_states), self._layout)
 
 
 def from_arrays(
@@ -172,10 +201,9 @@ def from_arrays(
     if layout not in get_args(Layout):
         raise ValueError(f"{name}: layout must be one of {get_args(Layout)}, got {layout!r}")
     dtype = np.uint8 if num_states <= 256 else np.int32
-    ordered = np.moveaxis(images, -1, 1) if layout == "CHW" and images.ndim == 4 else images
     return ImageTokens(
         name=name,
-        tokens=torch.from_numpy(ordered.astype(dtype).reshape(len(images), -1)),
+        tokens=torch.from_numpy(_positions(images, layout).astype(dtype)),
         example=torch.arange(len(images)),
         labels=None if labels is None else torch.from_numpy(np.asarray(labels).astype(np.int64)),
         shape=tuple(images.shape[1:]),
@@ -185,6 +213,12 @@ def from_arrays(
     )
 
 
+def _positions(images: np.ndarray, layout: Layout) -> np.ndarray:
+    """(N, height, width[, channels]) -> (N, D) in the order of the layout."""
+    ordered = np.moveaxis(images, -1, 1) if layout == "CHW" and images.ndim == 4 else images
+    return ordered.reshape(len(images), -1)
+
+
 def split(data: ImageTokens, heldout_fraction: float) -> tuple[ImageTokens, ImageTokens]:
     """(training, held-out) images: the same cut on every machine and for every seed; each side has at least one."""
     if not 0 < heldout_fraction < 1:
@@ -192,6 +226,13 @@ def split(data: ImageTokens, heldout_fraction: float) -> tuple[ImageTokens, Imag
     order = random.keys(SPLIT_SEED, len(data)).argsort()
     heldout = min(max(round(heldout_fraction * len(data)), 1), len(data) - 1)
     return data.subset(order[heldout:].sort().values), data.subset(order[:heldout].sort().values)
+
+
+def spread(images: ImageTokens, most: int) -> ImageTokens:
+    """At most so many of the images, evenly over the set."""
+    if len(images) <= most:
+        return images
+    return images.subset(torch.arange(most) * len(images) // most)
 
 
 def quantise(images: np.ndarray, num_states: int) -> np.ndarray:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from di4c_ext.lazy_rows import Rows
+
 
 class Examples(Dataset[dict[str, Tensor]]):
     """N examples of D tokens: tokens (N, D) integers, example (N,) int64, the number that an example keeps for good."""
 
-    tokens: Tensor
+    tokens: Rows
     example: Tensor
 
     def __len__(self) -> int:

@@ -123,7 +123,7 @@ def reconstructions(model: VQModel, images: data.ImageTokens, file: Path) -> dic
     error is the mean distance of a pixel in shares of the whole range; codes_used and perplexity are of their codes.
     """
     some = images.subset(torch.arange(min(MEASURED, len(images))))
-    tokens = model.encode(codes.as_input(some.tokens, some), 64)
+    tokens = model.encode(codes.as_input(some.tokens[:], some), 64)
     rebuilt = codes.Decoder(model, images.num_states)(tokens)
     originals = some.images().flatten(1)
     rows = [("originals", originals[:SHOWN]), ("from codes", rebuilt[:SHOWN])]

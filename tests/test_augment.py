@@ -5,7 +5,7 @@ import torch
 
 from di4c_ext import data, random
 from di4c_ext.augment import AUGMENTATION_DIM, augment_images, flip_images
-from di4c_ext.pretrain import augmentation
+from di4c_ext.image_task import augmentation
 
 SHAPE, S, N = (8, 8), 17, 400
 

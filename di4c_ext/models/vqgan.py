@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from di4c_ext.models.base import refuse_shapes
 from di4c_ext.models.token_config import TokenConfig
 from di4c_ext.models.unet_blocks import wide
 from di4c_ext.models.vqgan_blocks import Decoder, Encoder
@@ -153,13 +154,10 @@ class VQModel(PreTrainedModel):
             kind = VQConfig.get_config_dict(pretrained_model_name_or_path)[0].get("model_type")
             if kind != VQConfig.model_type:
                 raise ValueError(f"{pretrained_model_name_or_path}: holds a network {kind!r}, a VQ model is wanted")
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:  # shapes that differ, as transformers reports them
-            raise ValueError(f"{pretrained_model_name_or_path}: does not fit its config: {error}") from error
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # shapes that differ are refused here
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
+        refuse_shapes(str(pretrained_model_name_or_path), info["mismatched_keys"])
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing or unexpected:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from token_models import SMALL, codes, tokens_by_formula
 from torch import Tensor
 
-from di4c_ext.models import TokenConfig
+from di4c_ext.models import TokenConfig, TokenDenoiser
 
 B = 3
 
@@ -65,6 +65,13 @@ def test_labels_that_do_not_fit(labels):
     for drop in (labels, torch.ones(2, dtype=torch.bool), "all"):
         with pytest.raises(ValueError, match=r"drop_label must be None, a bool or bools \(B,\) with B = 3, got"):
             model(x_t, labels=labels, drop_label=drop)
+
+
+def test_a_grid_that_is_not_that_of_the_positions(tmp_path):
+    tokens_by_formula().save_pretrained(tmp_path)
+    config = TokenConfig.from_pretrained(tmp_path, grid=[4, 4])
+    with pytest.raises(ValueError, match=r"net\.pos_emb is \(1, 13, 16\), \(1, 17, 16\) is wanted"):
+        TokenDenoiser.from_pretrained(tmp_path, config=config)
 
 
 @pytest.mark.parametrize(
