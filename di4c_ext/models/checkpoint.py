@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from di4c_ext import manifest
+
 _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _NAMED = 20  # names of one fault that a message lists
 REMEDY = "for a network of another size name its settings by --model_config"
@@ -78,6 +80,8 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: no such file; give a checkpoint as its authors published it")
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
+    if zipfile.is_zipfile(file):
+        manifest.check_archive(file)
     stand_ins: dict[str, Any] = {}
     while True:
         try:
