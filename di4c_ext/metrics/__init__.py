@@ -3,7 +3,7 @@
 `frechet` (distance of two Gaussians, streaming moments), `features` (a small classifier's feature space), `extractor`
 (one the user names), `label_score` (an inception-style score), `entropy` (per position and pooled), `judge` (all of
 these, with their floors), `likelihood` (bound of a masked-diffusion denoiser), `denoising` (the same for levels),
-`mixture` (what the latents carry).
+`mixture` (what the latents carry), `exact` (laws by enumeration, on spaces small enough).
 """
 
 from di4c_ext.metrics.entropy import position_entropy, unigram_entropy

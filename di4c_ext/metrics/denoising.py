@@ -82,4 +82,4 @@ def _reshaped(logits: Logits, change: Callable[[Tensor], Tensor]) -> Logits:
     """The same rows of logits, their leading dimensions changed."""
     if isinstance(logits, Logistic):
         return logits._replace(mean=change(logits.mean), log_scale=change(logits.log_scale))
-    return logits._replace(states=change(logits.states)) if isinstance(logits, Hidden) else change(logits)
+    return logits.mapped(change) if isinstance(logits, Hidden) else change(logits)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from di4c_ext.data import ImageTokens, as_images
+from di4c_ext.lazy_rows import Rows
 from di4c_ext.metrics.features import Seen
 
 AT_ONCE = 100  # images looked at together
@@ -44,7 +45,7 @@ class Extractor:
         )
 
     @torch.no_grad()
-    def seen(self, tokens: Tensor) -> Seen:
+    def seen(self, tokens: Rows) -> Seen:
         """Features (N, F) and probabilities (N, Y), on the CPU."""
         features: list[Tensor] = []
         handle = self.top.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].flatten(1).cpu()))

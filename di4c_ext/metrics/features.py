@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from di4c_ext import checkpoints
 from di4c_ext.data import ImageTokens, as_images
+from di4c_ext.lazy_rows import Rows
 
 HIDDEN, STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 1500, 128, 2e-3, 1e-2
 CONVOLVED = 16  # pixels a side from which the classifier is convolutional
@@ -55,11 +56,11 @@ class Classifier(nn.Module):
         return self.head(self.body(self._scaled(tokens)))
 
     @torch.no_grad()
-    def seen(self, tokens: Tensor) -> Seen:
+    def seen(self, tokens: Rows) -> Seen:
         features = torch.cat([self.body(self._scaled(some)) for some in tokens.split(AT_ONCE)])
         return Seen(features, self.head(features).softmax(-1))
 
-    def features(self, tokens: Tensor) -> Tensor:
+    def features(self, tokens: Rows) -> Tensor:
         return self.seen(tokens).features
 
     def accuracy(self, data: ImageTokens) -> float:
@@ -112,7 +113,7 @@ def _is_kept(model: Classifier, file: Path | None) -> bool:
     return True
 
 
-def _fit(model: Classifier, tokens: Tensor, labels: Tensor, steps: int) -> None:
+def _fit(model: Classifier, tokens: Rows, labels: Tensor, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for _ in range(steps):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from di4c_ext import random
 from di4c_ext.data import ImageTokens
+from di4c_ext.lazy_rows import Rows, joined, taken
 from di4c_ext.metrics.entropy import position_entropy, unigram_entropy
 from di4c_ext.metrics.extractor import Extractor
 from di4c_ext.metrics.features import Classifier, Seen, classifier
@@ -53,7 +53,7 @@ class Judge:
             own = self.space = classifier(train, cache)
             self.accuracy = own.accuracy(heldout)
         self.has_pixels = train.length <= MAX_PIXEL_DIMENSION
-        real = torch.cat([train.tokens, heldout.tokens])
+        real = joined(train.tokens, heldout.tokens)
         self.sizes = {"all": len(real), "train": len(train), "heldout": len(heldout)}
         self.floor_size = min(len(real) // 2, num_samples or len(real))
         seen = None if self.space is None else self.space.seen(real)
@@ -75,13 +75,13 @@ class Judge:
         }
         return distances | self._plain(tokens, seen)
 
-    def _spaces(self, tokens: Tensor, seen: Seen | None, rows: Tensor | slice) -> dict[str, Moments]:
+    def _spaces(self, tokens: Rows, seen: Seen | None, rows: Tensor | slice) -> dict[str, Moments]:
         """The moments of some rows in each space."""
         spaces = {}
         if seen is not None:
             spaces["features"] = _moments(seen.features[rows], lambda x: x)
         if self.has_pixels:
-            spaces["pixels"] = _moments(tokens[rows], lambda x: x.double() / max(self.num_states - 1, 1))
+            spaces["pixels"] = _moments(taken(tokens, rows), lambda x: x.double() / max(self.num_states - 1, 1))
         return spaces
 
     def _plain(self, tokens: Tensor, seen: Seen | None) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Judge:
             "unigram_entropy": unigram_entropy(tokens, self.num_states),
         }
 
-    def _floors(self, real: Tensor, seen: Seen | None) -> dict[str, float]:
+    def _floors(self, real: Rows, seen: Seen | None) -> dict[str, float]:
         num_train = self.sizes["train"]
         everything, heldout = self._references.values()
         found = []
@@ -115,7 +115,7 @@ class Judge:
         return _mean(found)
 
 
-def _moments(vectors: Tensor, made: Callable[[Tensor], Tensor]) -> Moments:
+def _moments(vectors: Rows, made: Callable[[Tensor], Tensor]) -> Moments:
     """The moments of made(vectors), some at a time."""
     moments = Moments()
     for some in vectors.split(_AT_ONCE):

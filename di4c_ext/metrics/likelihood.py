@@ -44,6 +44,8 @@ def likelihood_bound(
     t = _time_at(process, k.double() / length)
     logits = denoiser(x_t, t.to(torch.float32), **(conditions or {}))
     weight = process.weight(x_t) * (length / k.to(torch.float32))[:, None]
+    if isinstance(logits, ops.Hidden):  # as a mixture of one component, whose logits are made a few at a time
+        return -ops.mixture_log_prob(logits.mapped(lambda x: x[:, None]), x_0[:, None], weight)[0][:, 0]
     return ops.masked_cross_entropy(logits, x_0, weight)
 
 
