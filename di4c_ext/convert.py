@@ -4,7 +4,7 @@
     python -m di4c_ext.convert --kind pixels-student --checkpoint tldr-di4c.pt --output_dir student
     python -m di4c_ext.convert --checkpoint MaskGIT_ImageNet_256.pth --output_dir maskgit
     python -m di4c_ext.convert --checkpoint last.ckpt --output_dir vqgan
-    python -m di4c_ext.convert --checkpoint kuleshov-group/mdlm-owt --output_dir mdlm
+    python -m di4c_ext.convert --checkpoint kuleshov-group/mdlm-owt --tokenizer_name gpt2 --output_dir mdlm
     python -m di4c_ext.convert --checkpoint jdeschena/sdtt --revision baselines_kld_step_60000 --output_dir sdtt6
 
 The file is read as weights only: nothing in it is executed. Every weight is accounted for; one that is missing, unknown
@@ -27,6 +27,7 @@ from di4c_ext import checkpoints
 from di4c_ext.arguments import as_dict, parse, run
 from di4c_ext.models.checkpoint import read_checkpoint
 from di4c_ext.models.dit_checkpoint import find_published, is_language_file, language_file, load_language, told_beside
+from di4c_ext.models.dit_config import DiTConfig
 from di4c_ext.models.token_checkpoint import grid_of, is_token_file, load_tokens, token_file
 from di4c_ext.models.token_config import TokenConfig
 from di4c_ext.models.unet_checkpoint import Weights, is_pixel_file, load_pixels, pixel_file
@@ -34,6 +35,7 @@ from di4c_ext.models.unet_config import UNetConfig
 from di4c_ext.models.vqgan_checkpoint import is_vqgan_file, load_vqgan, vqgan_file
 from di4c_ext.models.vqgan_config import VQConfig
 from di4c_ext.names import check_names, nearest
+from di4c_ext.text_sources import Cutter, cutter_of, save_cutter
 
 
 @dataclass
@@ -56,6 +58,9 @@ class ConvertArguments:
         default=None, metadata={"help": "JSON: settings of a network that is not of the published size"}
     )
     revision: str | None = field(default=None, metadata={"help": "of a repository of the hub: branch, tag or commit"})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "language: the tokenizer to keep beside the model; gpt2 for the published ones"}
+    )
 
     def __post_init__(self) -> None:
         for name, known in (("kind", ["auto", *KINDS]), ("weights", list(get_args(Weights)))):
@@ -171,9 +176,26 @@ def convert(args: ConvertArguments) -> Converted:
     tensors = list(converted.model.parameters())
     size = f"{sum(tensor.numel() for tensor in tensors):,} parameters in {len(tensors)} tensors"
     converted = converted._replace(facts=[kind, size, *converted.facts])
+    cutter = None if args.tokenizer_name is None else _tokenizer(args.tokenizer_name, converted.model.config)
     with checkpoints.whole_folder(output) as staging:
         converted.model.save_pretrained(staging)
+        if cutter is not None:
+            wrap = cutter.bos is not None and cutter.eos is not None
+            save_cutter(cutter, staging, converted.model.config.length, wrap)
     return converted
+
+
+def _tokenizer(name: str, config: Any) -> Cutter:
+    """The tokenizer that is named; ValueError where the model is not one of its tokens."""
+    from di4c_ext.text_teachers import description_of
+
+    if not isinstance(config, DiTConfig):
+        raise ValueError(
+            f"--tokenizer_name {name}: is for language models, this is a {config.model_type}; leave it out"
+        )
+    cutter = cutter_of(name)
+    description_of(config, cutter).check_tokenizer(f"--tokenizer_name {name}", cutter.num_tokens, cutter.mask_id)
+    return cutter
 
 
 def _kind_of(contents: Mapping[str, Any]) -> str:

@@ -1,15 +1,20 @@
-"""Trains a product teacher on images, and keeps it for `di4c_ext.distill`.
+"""Trains a product teacher on images or text, and keeps it for `di4c_ext.distill`.
 
     python -m di4c_ext.pretrain
     python -m di4c_ext.pretrain --dataset_name my_images/ --num_states 16 --image_size 8 --output_dir my_teacher
     python -m di4c_ext.pretrain --preset pixels_small --output_dir my_teacher
     python -m di4c_ext.pretrain --preset tokens_small --kind vq --output_dir my_vq
     python -m di4c_ext.pretrain --preset tokens_small --vq_model my_vq --output_dir my_teacher
+    python -m di4c_ext.pretrain --modality text --dataset_name sotu --tokenizer_name characters --block_size 64
+    python -m di4c_ext.pretrain --kind masked-lm --model_name_or_path ENCODER --dataset_name my_texts/
 
 With absorbing diffusion it is the compact network, trained by its likelihood bound; with --process gaussian or uniform
 the U-Net, trained by the cross-entropy of clean images given noised ones; with
 --process confidence the transformer of image tokens, by the likelihood bound of the codes that a VQ model makes of the
 images. --kind vq trains such a VQ model, --kind codes only makes and keeps the codes, which else is done on first use.
+
+Of text it is the diffusion transformer (`models.DiTConfig`), trained by the likelihood bound of masked diffusion; or,
+with --kind masked-lm, any encoder or masked language model of transformers, trained on by the same bound.
 
 The teacher goes to --output_dir and to the cache (DI4C_CACHE, default ~/.cache/di4c_ext), under a name made of the
 data, the settings and the versions it depends on; distill asks the cache before it trains one.
@@ -17,77 +22,91 @@ data, the settings and the versions it depends on; distill asks the cache before
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from di4c_ext import checkpoints, data, random
-from di4c_ext.arguments import DataArguments, RunArguments, as_yaml, parse, read_stored, read_yaml, run
-from di4c_ext.augment import MIRROR, augment_images, flip_images
-from di4c_ext.codes import VQ_FOLDER, codes_of, open_vq, usage
+from di4c_ext import checkpoints, data, processes
+from di4c_ext.arguments import DataArguments, RunArguments, as_dict, as_yaml, parse, read_stored, run, told_early
+from di4c_ext.codes import usage
 from di4c_ext.config import PretrainConfig
-from di4c_ext.models import VQModel
+from di4c_ext.image_task import augmentation, load_tokens
 from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.systems import process_of
-from di4c_ext.teachers import bounds, bounds_name, cached_teacher, new_teacher, num_measured
-from di4c_ext.trainer import Augment, PretrainTrainer
-from di4c_ext.vq import VQArguments, VQTrainer, new_vq, reconstructions, save_vq
+from di4c_ext.task import Encoder, Task, open_task
+from di4c_ext.text_arguments import TextArguments
+from di4c_ext.trainer import PretrainTrainer
+from di4c_ext.vq import VQArguments, VQTrainer, new_vq, reconstructions
 
 STORED = "pretrain_config.yaml"
-KINDS = ("teacher", "vq", "codes")
+KINDS = ("teacher", "vq", "codes", "masked-lm")
 
 
 @dataclass
 class KindArguments:
     """What is trained, or made."""
 
-    kind: str = field(default="teacher", metadata={"help": "teacher, vq (an autoencoder to codes), or codes"})
+    kind: str = field(
+        default="teacher",
+        metadata={"help": "teacher, vq (an autoencoder to codes), codes, or masked-lm (a model of transformers)"},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "--kind masked-lm: the encoder or masked language model to begin from"}
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"--kind {self.kind!r}: must be one of {', '.join(KINDS)}")
+        if (self.kind == "masked-lm") != (self.model_name_or_path is not None):
+            raise ValueError(
+                "--kind masked-lm: name the encoder or masked language model by --model_name_or_path"
+                if self.kind == "masked-lm"
+                else f"--model_name_or_path {self.model_name_or_path}: is for --kind masked-lm, this is {self.kind}"
+            )
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by ctrl-C and has saved a checkpoint."""
 
 
-def train_teacher(
-    train: data.ImageTokens,
-    config: PretrainConfig,
-    process: Mapping[str, Any],
-    *,
-    resume: str | None = None,
-    again: str = "",
-) -> MixtureDenoiser:
+def train_teacher(task: Task, config: PretrainConfig, *, resume: str | None = None, again: str = "") -> MixtureDenoiser:
     """Trains a teacher into config.output_dir and the cache; returns the moving average, in evaluation mode.
 
-    process: by name and constants. resume: a checkpoint folder. again: the command that goes on after ctrl-C, for the
-    message of Interrupted.
+    resume: a checkpoint folder. again: the command that goes on after ctrl-C, for the message of Interrupted.
     """
-    model = new_teacher(train, config, process)
-    trainer = PretrainTrainer(
-        model,
-        process=process_of(model.config),
-        args=config,
-        train_dataset=train,
-        augment=augmentation(train, config.augment_share),
-        time_min=config.time_min,
-    )
+    trainer = teacher_trainer(task, config)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(stopped_message("teacher", trainer.state, again))
     teacher: MixtureDenoiser = trainer.best_model().eval()
-    checkpoints.save_model(teacher, trainer.folder)
-    files = [trainer.folder / name for name in (checkpoints.CONFIG, checkpoints.WEIGHTS, "metrics.jsonl")]
-    checkpoints.keep_copy(files, cached_teacher(train, config, process))
+    processes.on_first(lambda: _keep(task, config, teacher, trainer.folder))
     return teacher
+
+
+def teacher_trainer(task: Task, config: PretrainConfig) -> PretrainTrainer:
+    """What trains an untrained teacher of this task."""
+    model = task.new_teacher(config)
+    return PretrainTrainer(
+        model,
+        process=process_of(model.config),
+        args=config,
+        train_dataset=task.train,
+        augment=task.augment(config.augment_share),
+        time_min=config.time_min,
+        unit=task.unit,
+    )
+
+
+def _keep(task: Task, config: PretrainConfig, teacher: MixtureDenoiser, folder: Path) -> None:
+    """The teacher into its folder, and from there into the cache."""
+    checkpoints.save_model(teacher, folder)
+    beside = task.save_with_model(folder)
+    names = (checkpoints.CONFIG, checkpoints.WEIGHTS, "metrics.jsonl", *beside)
+    cached = task.cached_teacher(config)
+    if cached is not None:
+        checkpoints.keep_copy([folder / name for name in names], cached)
 
 
 def stopped_message(phase: str, state: Any, again: str) -> str:
@@ -95,84 +114,27 @@ def stopped_message(phase: str, state: Any, again: str) -> str:
     return f"stopped after step {state.global_step} of {state.max_steps} ({phase}), all saved; go on with:\n  {again}"
 
 
-def augmentation(train: data.ImageTokens, share: float) -> Augment | None:
-    """What training does to images: mirrors some if the data says so, alters a `share` of them; None for neither."""
-    if not share and not train.horizontal_flip:
-        return None
-    if share and len(train.shape) != 2:
-        raise ValueError(f"--augment_share {share}: works on grey images, these have shape {train.shape}; give 0")
-    flip = partial(flip_images, shape=train.shape, layout=train.layout)
-    size = train.shape[0], train.shape[1]
-    alter = partial(augment_images, shape=size, num_states=train.num_states, share=share)
-
-    def augment(x_0: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        own = random.fold_in(keys, 1)
-        if train.horizontal_flip:
-            x_0 = flip(x_0, random.fold_in(own, MIRROR))
-        if not share:
-            return x_0, {}
-        altered, amounts = alter(x_0, own)
-        return altered, {"augmentation": amounts}
-
-    return augment
-
-
 def _from_preset(kind: str, preset: dict[str, Any]) -> dict[str, Any]:
     """A distillation preset's teacher: its `teacher_` keys without the prefix, and the keys of the data; or its VQ
     model, by `vq_` in the place of `teacher_`."""
-    shared = {name: preset[name] for name in DataArguments.__dataclass_fields__ if name in preset}
+    data_names = (*DataArguments.__dataclass_fields__, *TextArguments.__dataclass_fields__)
+    shared = {name: preset[name] for name in data_names if name in preset}
     prefix = "vq_" if kind == "vq" else "teacher_"
     own = {key.removeprefix(prefix): value for key, value in preset.items() if key.startswith(prefix)}
+    if kind == "masked-lm":  # whose size and tokenizer are its own
+        own.pop("model_config", None)
+        shared.pop("tokenizer_name", None)
     return shared | own
 
 
-def _kind(argv: Sequence[str]) -> str:
-    """The --kind that flags, a --config file or the run to resume name: which keys of a preset are meant."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--kind", "--config", "--output_dir"):
-        early.add_argument(name)
-    early.add_argument("--resume", "--resume_from_checkpoint", nargs="?", const="true")
-    given, _ = early.parse_known_args(list(argv))
-    told: list[Any] = [given.kind]
-    if given.config is not None:
-        told.append(read_yaml(Path(given.config)).get("kind"))
-    if given.resume not in (None, "false", "False"):
-        told.append(read_stored(Path(given.output_dir or PretrainConfig.output_dir) / STORED).get("kind"))
-    return next((str(kind) for kind in told if kind is not None), "teacher")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The images in pixels, as the process's network takes them, and the VQ model that made codes of them, if any."""
-
-    pixels: data.ImageTokens
-    tokens: data.ImageTokens
-    vq: VQModel | None = None
-
-
-def load_tokens(images: DataArguments, vq_model: Path | None = None) -> Loaded:
-    """The images that the arguments name, and their codes where the process is one of codes.
-
-    vq_model: a folder in place of the one that the arguments name. Codes are made on first use and kept in the cache.
-    """
-    loaded, named = images.load(), vq_model or images.vq_model
-    if images.process != "confidence":
-        if named is not None:
-            raise ValueError(f"--vq_model {named}: is for --process confidence, this is {images.process}; leave it out")
-        return Loaded(loaded, loaded)
-    if named is None:
-        raise ValueError(
-            "--process confidence: works on the codes of a VQ model; train one by "
-            "`python -m di4c_ext.pretrain --kind vq` and name its folder by --vq_model"
-        )
-    vq: Any = open_vq(named)
-    vq = vq.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Loaded(loaded, codes_of(loaded, vq, checkpoints.cache_folder()), vq)
+def _early(argv: Sequence[str]) -> dict[str, Any]:
+    """--kind and --modality as flags, a --config file or the run to resume name them: which preset's keys are meant."""
+    return told_early(argv, ("kind", "modality"), PretrainConfig.output_dir, STORED)
 
 
 def make_codes(images: DataArguments) -> int:
     """--kind codes: the images' codes into the cache."""
-    images.process, images.process_config = "confidence", {}
+    images.process, images.process_config, images.step_guidance = "confidence", {}, None
     made = load_tokens(images).tokens
     found = usage(made.tokens, made.num_states)
     print(
@@ -190,8 +152,7 @@ def train_autoencoder(
     train, heldout = data.split(images.load(), images.heldout_fraction)
     new_vq(train, args)  # refuses bad settings before anything is written
     output = Path(str(args.output_dir))
-    checkpoints.claim(output, STORED, resume=options.resuming(args), overwrite=options.overwrite_output_dir)
-    checkpoints.write_text(output / STORED, as_yaml(settings))
+    processes.on_first(lambda: _claim(output, options, args, settings))
     trainer = VQTrainer(new_vq(train, args), images=train, vq=vq, augment=augmentation(train, 0.0), args=args)
     trainer.train(resume_from_checkpoint=options.checkpoint(args))
     if trainer.interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
@@ -210,41 +171,54 @@ def train_autoencoder(
     return 0
 
 
+def _claim(output: Path, options: RunArguments, args: PretrainConfig, settings: dict[str, Any]) -> None:
+    checkpoints.claim(output, STORED, resume=options.resuming(args), overwrite=options.overwrite_output_dir)
+    checkpoints.write_text(output / STORED, as_yaml(settings))
+
+
 def main(argv: Sequence[str]) -> int:
-    (images, args, kind, vq, options), settings = parse(
+    early = _early(argv)
+    kind_name = str(early.get("kind", "teacher"))
+    of_text = {"masked-lm": "masked_lm"}.get(kind_name, "language_small")
+    is_text = early.get("modality") == "text" or kind_name == "masked-lm"
+    (images, text, args, kind, vq, options), settings = parse(
         "pretrain",
-        [DataArguments, PretrainConfig, KindArguments, VQArguments, RunArguments],
+        [DataArguments, TextArguments, PretrainConfig, KindArguments, VQArguments, RunArguments],
         argv,
-        default_preset="digits",
-        translate=partial(_from_preset, _kind(argv)),
+        default_preset=of_text if is_text else "digits",
+        translate=partial(_from_preset, kind_name),
         stored=lambda early: read_stored(Path(early.output_dir or PretrainConfig.output_dir) / STORED),
-        description="Train a product teacher on images, or a VQ autoencoder that makes codes of them.",
+        description="Train a product teacher on images or text, or a VQ autoencoder that makes codes of images.",
     )
     if kind.kind == "codes":
         return make_codes(images)
     if kind.kind == "vq":
         return train_autoencoder(images, args, vq, options, settings)
-    loaded = load_tokens(images)
-    train, heldout = data.split(loaded.tokens, images.heldout_fraction)
-    process = images.process_settings()
-    new_teacher(train, args, process)  # refuses bad settings before anything is written
+    encoder = None
+    if kind.model_name_or_path is not None:
+        encoder = Encoder(kind.model_name_or_path, as_dict("model_config", args.model_config), args.seed)
+    task = processes.first_alone(lambda: open_task(images, text, encoder=encoder, seed=args.seed))
+    if options.replay is not None:
+        print(teacher_trainer(task, args).replay(Path(options.replay)))
+        return 0
+    task.new_teacher(args)  # refuses bad settings before anything is written
     output = Path(args.output_dir)
-    checkpoints.claim(output, STORED, resume=options.resuming(args), overwrite=options.overwrite_output_dir)
-    checkpoints.write_text(output / STORED, as_yaml(settings))
-    if loaded.vq is not None:
-        save_vq(loaded.vq, output / VQ_FOLDER)
+    processes.on_first(lambda: _claim(output, options, args, settings))
+    processes.on_first(lambda: task.save_once(output))
     again = f"python -m di4c_ext.pretrain --resume --output_dir {output}"
     try:
-        teacher = train_teacher(train, args, process, resume=options.checkpoint(args), again=again)
+        teacher = train_teacher(task, args, resume=options.checkpoint(args), again=again)
     except Interrupted as stop:
-        print(stop)
+        processes.say(stop)
         return 130
-    found = bounds(teacher, train, heldout, args.time_min)
-    counts = [num_measured(teacher.config, images) for images in (train, heldout)]
+    if not processes.is_first():
+        return 0
+    found = task.bounds(teacher, args.time_min)
+    (known, held), counts, cached = found["bounds"].values(), found["num_bounds"], task.cached_teacher(args)
     print(
-        f"teacher in {output}, and in the cache {cached_teacher(train, args, process)}\n"
-        f"{bounds_name(teacher.config, args.time_min)}: {found['train']:.1f} on {counts[0]} training images, "
-        f"{found['heldout']:.1f} on {counts[1]} held-out ones"
+        f"teacher in {output}" + ("" if cached is None else f", and in the cache {cached}") + "\n"
+        f"{found['bounds_name']}: {known:.{task.digits}f} on {counts['train']} training {task.unit}s, "
+        f"{held:.{task.digits}f} on {counts['heldout']} held-out ones"
     )
     return 0
 

@@ -53,6 +53,11 @@ def latents_of(config: Any) -> Latents | None:
     return partial(draw_latents, latent_dim=config.latent_dim, law=getattr(config, "latent_law", "normal"))
 
 
+def modality_of(config: Any) -> str:
+    """ "text" or "image": what a network of this config makes."""
+    return "text" if config.model_type in ("di4c_dit", "di4c_masked_lm") else "image"
+
+
 def layout_of(config: Any) -> Layout:
     """The order of the D positions of a colour image, as the network has it."""
     return "CHW" if config.model_type == "di4c_unet" else "HWC"
@@ -71,11 +76,13 @@ def image_shape_of(config: Any) -> tuple[int, ...]:
     return tuple(getattr(config, "image_shape", None) or (1, config.length))
 
 
-def load_model(folder: str | Path, is_student: bool | None = None) -> MixtureDenoiser:
+def load_model(folder: str | Path, is_student: bool | None = None, trust_remote_code: bool = False) -> MixtureDenoiser:
     """A saved teacher or student of any system, in evaluation mode, on the CPU.
 
-    is_student: what is expected, None for either. Raises ValueError naming the folder and what is wrong with it: a
-    file that is missing or damaged, a network unknown here, the other of teacher and student, weights that do not fit.
+    is_student: what is expected, None for either. trust_remote_code: consent to run the code that a masked language
+    model brings along. Raises ValueError naming the folder and what is wrong with it: a file that is missing or
+    damaged, a network unknown here, the other of teacher and student, weights that do not fit, code that nobody
+    agreed to.
     """
     folder = Path(folder)
     checkpoints.check_model(folder)
@@ -86,8 +93,9 @@ def load_model(folder: str | Path, is_student: bool | None = None) -> MixtureDen
             f"{folder}: {checkpoints.CONFIG} names the network {kind!r}{nearest(str(kind), MODELS)}; "
             f"known are {', '.join(MODELS)}"
         )
+    consent = {"trust_remote_code": True} if trust_remote_code and kind == "di4c_masked_lm" else {}
     try:
-        model: MixtureDenoiser = MODELS[kind].from_pretrained(folder, is_student=is_student)
+        model: MixtureDenoiser = MODELS[kind].from_pretrained(folder, is_student=is_student, **consent)
     except ValueError as error:
         told = str(error)
         raise error if str(folder) in told else ValueError(f"{folder}: {told}") from error

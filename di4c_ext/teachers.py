@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ RECIPE = (
 LEVELS_RECIPE = ("time_min",)  # and what a process of levels takes on top
 CODES_RECIPE = ("label_dropout",)  # and what one of codes
 _NUMERICS = ("channels_last", "bf16", "fp16")  # of which a U-Net's weights depend as well
-_MEASURED = 1000  # images of each side on which a denoiser of levels is measured
+_MASKED, _LEVELS = 2000, 1000  # images of each side at most on which a masked denoiser, one of levels is measured
 
 
 def network_of(process: Mapping[str, Any]) -> type[CompactDenoiser] | type[UNetDenoiser] | type[TokenDenoiser]:
@@ -147,18 +147,31 @@ def _check_unused(config: PretrainConfig, why: str) -> None:
         raise ValueError(f"--time_min {config.time_min}: is for a process {why}; leave it out")
 
 
+def recipe_of(config: PretrainConfig, more: Sequence[str] = ()) -> dict[str, str]:
+    """The settings that a teacher's weights depend on, in words; more: names beside those of every teacher."""
+    told = {name: str(getattr(config, name)) for name in (*RECIPE, *more)}
+    if config.world_size > 1:  # the batch is that of all processes
+        told["per_device_train_batch_size"] = str(config.per_device_train_batch_size * config.world_size)
+    return told
+
+
+def cache_name(fingerprint: str, told: str, recipe: Mapping[str, Any]) -> Path:
+    """The folder of the cache for a teacher of this data, process and recipe, under these versions."""
+    versions = f"di4c_ext {di4c_ext.__version__} torch {torch.__version__}"
+    key = hashlib.sha256(f"{fingerprint} {told} {json.dumps(recipe)} {versions}".encode()).hexdigest()
+    return checkpoints.cache_folder() / f"teacher-{key[:16]}"
+
+
 def cached_teacher(train: data.ImageTokens, config: PretrainConfig, process: Mapping[str, Any]) -> Path:
     """Where the cache keeps the teacher of these images and settings, whether it is there or not."""
-    recipe = {name: str(getattr(config, name)) for name in RECIPE}
+    recipe = recipe_of(config)
     told = process["schedule"] if process["name"] == "absorbing" else json.dumps(process, sort_keys=True)
     if process["name"] == "confidence":
         told = process.get("schedule", "arccos")  # the other constants are those of a student's training
-        recipe |= {name: str(getattr(config, name)) for name in (*CODES_RECIPE, "bf16", "fp16")}
+        recipe = recipe_of(config, (*CODES_RECIPE, "bf16", "fp16"))
     elif process["name"] != "absorbing":
-        recipe |= {name: str(getattr(config, name)) for name in (*LEVELS_RECIPE, *_NUMERICS)}
-    versions = f"di4c_ext {di4c_ext.__version__} torch {torch.__version__}"
-    key = hashlib.sha256(f"{train.fingerprint()} {told} {json.dumps(recipe)} {versions}".encode()).hexdigest()
-    return checkpoints.cache_folder() / f"teacher-{key[:16]}"
+        recipe = recipe_of(config, (*LEVELS_RECIPE, *_NUMERICS))
+    return cache_name(train.fingerprint(), told, recipe)
 
 
 def load_teacher(folder: Path, train: data.ImageTokens, process: Mapping[str, Any]) -> MixtureDenoiser:
@@ -168,7 +181,7 @@ def load_teacher(folder: Path, train: data.ImageTokens, process: Mapping[str, An
     """
     teacher = load_model(folder, is_student=False)
     config = teacher.config
-    _check_process(folder, process_of(config), process)
+    check_process(folder, process_of(config), process)
     if not isinstance(teacher, network_of(process)):
         raise ValueError(
             f"teacher {folder}: is a {type(teacher).__name__}, for images under --process {process['name']} a "
@@ -213,7 +226,7 @@ def check_codes(where: str, config: TokenConfig, codes: ImageCodes) -> None:
         )
 
 
-def _check_process(folder: Path, own: Any, told: Mapping[str, Any]) -> None:
+def check_process(folder: str | Path, own: Any, told: Mapping[str, Any]) -> None:
     """ValueError unless the teacher's own process is the one told of, as far as it was told of."""
     name = next(name for name, kind in PROCESSES.items() if type(own) is kind)
     if told["name"] != name:
@@ -244,24 +257,23 @@ def conditions_of(config: Any, images: data.ImageTokens, device: torch.device) -
 def bounds(
     teacher: MixtureDenoiser, train: data.ImageTokens, heldout: data.ImageTokens, time_min: float = TIME_MIN
 ) -> dict[str, float]:
-    """What `bounds_name` says, in nats an image, on training and on held-out images (all, or some for levels)."""
+    """What `bounds_name` says, in nats an image, on training and on held-out images, or many of them."""
     process = process_of(teacher.config)
     found = {}
     for name, images in (("train", train), ("heldout", heldout)):
+        some = _measured(teacher.config, images)
+        x_0 = some.tokens.long().to(teacher.device)
+        keys = random.keys(0, len(x_0), device=teacher.device)
         if isinstance(process, AbsorbingProcess):
-            keys = random.keys(0, len(images), device=teacher.device)
-            x_0 = images.tokens.long().to(teacher.device)
             found[name] = mean_likelihood_bound(
                 teacher,
                 process,
                 x_0,
                 keys,
                 draws=4 if name == "train" else 16,
-                conditions=conditions_of(teacher.config, images, teacher.device),
+                conditions=conditions_of(teacher.config, some, teacher.device),
             )
         else:
-            x_0 = _some(images).tokens.long().to(teacher.device)
-            keys = random.keys(0, len(x_0), device=teacher.device)
             found[name] = mean_denoising_cross_entropy(teacher, process, x_0, keys, time_min=time_min)
     return found
 
@@ -275,11 +287,8 @@ def bounds_name(config: Any, time_min: float = TIME_MIN) -> str:
 
 def num_measured(config: Any, images: data.ImageTokens) -> int:
     """How many of the images `bounds` looks at."""
-    return len(images if isinstance(process_of(config), AbsorbingProcess) else _some(images))
+    return len(_measured(config, images))
 
 
-def _some(images: data.ImageTokens) -> data.ImageTokens:
-    """Images spread evenly over the set, at most _MEASURED."""
-    if len(images) <= _MEASURED:
-        return images
-    return images.subset(torch.arange(_MEASURED) * len(images) // _MEASURED)
+def _measured(config: Any, images: data.ImageTokens) -> data.ImageTokens:
+    return data.spread(images, _MASKED if isinstance(process_of(config), AbsorbingProcess) else _LEVELS)

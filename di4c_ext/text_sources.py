@@ -7,6 +7,7 @@ Cutters: a teacher's tokenizer, GPT-2's, or characters.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import unicodedata
@@ -17,6 +18,11 @@ from typing import Any, Protocol
 
 Texts = Callable[[int], Iterator[str]]  # texts(first) -> the documents from this number on, in their order
 
+BESIDE = "text.json"  # beside a model of text: what cuts it, and into how long blocks
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja"),
+)
 SOTU_MODERN = 1947  # the first year of the spoken addresses
 # How the files of each kind are read; .txt needs no library.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -91,6 +97,8 @@ def cutter_of(tokenizer: str | os.PathLike[str] | Any, trust_remote_code: bool =
     if isinstance(tokenizer, str | os.PathLike):
         from di4c_ext.models import backbone
 
+        if told_beside(tokenizer).get("tokenizer_name") == "characters":
+            return Characters()
         found = backbone.tokenizer_of(tokenizer, trust_remote_code)
         if found is None:
             raise ValueError(
@@ -98,6 +106,38 @@ def cutter_of(tokenizer: str | os.PathLike[str] | Any, trust_remote_code: bool =
             )
         return Tokens(found)
     return Tokens(tokenizer) if hasattr(tokenizer, "convert_ids_to_tokens") else tokenizer
+
+
+def save_cutter(cutter: Cutter, folder: Path, block_size: int, wrap: bool) -> list[str]:
+    """Writes what cuts a model's text beside the model, for `cutter_of` and `told_beside`; gives the files' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [BESIDE]
+    if isinstance(cutter, Tokens):
+        cutter.tokenizer.save_pretrained(folder)
+        names += sorted(file.name for file in folder.iterdir() if file.name in _TOKENIZER_FILES)
+    name = "." if isinstance(cutter, Tokens) else "characters"
+    told = {"tokenizer_name": name, "block_size": block_size, "wrap": wrap}
+    (folder / BESIDE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return names
+
+
+def has_cutter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds what `cutter_of` reopens; a hub name is none."""
+    return any((Path(folder) / name).is_file() for name in (BESIDE, "tokenizer_config.json", "tokenizer.json"))
+
+
+def told_beside(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_cutter` wrote into a folder: tokenizer_name, "." for one of transformers, block_size and wrap."""
+    file = Path(folder) / BESIDE
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return {"tokenizer_name": str(told["tokenizer_name"]), "block_size": int(told["block_size"])} | {
+            "wrap": bool(told["wrap"])
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: not as it was written ({error!r}); copy it again from the run") from error
 
 
 def documents(

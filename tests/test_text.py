@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from di4c_ext import data, random, text
 from di4c_ext.models.teacher import TeacherDescription
-from di4c_ext.text_sources import Characters, cutter_of
+from di4c_ext.text_sources import Characters, Tokens, cutter_of, save_cutter, told_beside
 
 DOCUMENTS = [" ".join(f"w{(7 * i + j) % 56}" for j in range(3 + i % 5)) for i in range(40)]
 
@@ -105,6 +105,26 @@ def test_a_stream_has_the_blocks_of_the_whole(lines: str) -> None:
         assert (stream.length, stream.num_states) == (whole.length, whole.num_states)
     batches = [batch for batch in DataLoader(text.stream(lines, **options()), 4, collate_fn=data.collate)]
     assert batches[0]["x_0"].shape == (4, 8) and batches[1]["example"].tolist() == [4, 5, 6, 7]
+
+
+def test_the_first_blocks_alone(lines: str) -> None:
+    whole, some = text.load(lines, **options()), text.load(lines, most=3, **options())
+    assert torch.equal(some.tokens, whole.tokens[:3]) and some.example.tolist() == [0, 1, 2]
+    assert len(text.load(lines, most=10**6, **options())) == len(whole)
+
+
+def test_what_cuts_a_models_text_lies_beside_it(tmp_path: Path) -> None:
+    for cutter, name in ((Characters(), "characters"), (Tokens(language.tokenizer()), ".")):
+        folder = tmp_path / type(cutter).__name__
+        files = save_cutter(cutter, folder, 12, False)
+        assert {path.name for path in folder.iterdir()} == set(files)
+        again = cutter_of(folder)
+        assert type(again) is type(cutter) and again.encode(["w1 w2"]) == cutter.encode(["w1 w2"])
+        assert told_beside(folder) == {"tokenizer_name": name, "block_size": 12, "wrap": False}
+    (tmp_path / "Characters" / "text.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"text\.json: not as it was written"):
+        cutter_of(tmp_path / "Characters")
+    assert told_beside(tmp_path) == {}
 
 
 @pytest.mark.parametrize("seed", [None, 5])

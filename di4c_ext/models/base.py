@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -66,11 +66,10 @@ class MixtureDenoiser(PreTrainedModel):
                 + (f"; make one with {cls.__name__}.from_teacher" if expected else "; name the teacher's folder")
             )
         loaded: Any
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        except RuntimeError as error:  # shapes that differ, as transformers reports them
-            raise ValueError(f"{pretrained_model_name_or_path}: does not fit its config: {error}") from error
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # shapes that differ are refused here
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
+        refuse_shapes(str(pretrained_model_name_or_path), info["mismatched_keys"])
         cls.refuse_keys(str(pretrained_model_name_or_path), kind, info["missing_keys"], info["unexpected_keys"])
         return (model, info) if want_info else model
 
@@ -106,6 +105,14 @@ class MixtureDenoiser(PreTrainedModel):
             f"{where}: the weights are not those of this {role(is_student)}: "
             f"missing {missing or 'none'}, unexpected {unexpected or 'none'}{hint}"
         )
+
+
+def refuse_shapes(where: str, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raises ValueError naming the first weights of another shape, (name, its own, the model's), than config says."""
+    faults = [f"{name} is {tuple(own)}, {tuple(wanted)} is wanted" for name, own, wanted in sorted(mismatched)]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{where}: does not fit its config: {'; '.join(faults[:3])}{more}")
 
 
 def role(is_student: bool) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from di4c_ext.models.base import MixtureDenoiser
-from di4c_ext.models.dit_blocks import Block, Head, LayerNorm, NoiseEmbedding, Rotary, TokenEmbedding
+from di4c_ext.models.dit_blocks import Block, Head, LayerNorm, NoiseEmbedding, Rotary, TokenEmbedding, turned
 from di4c_ext.models.dit_config import DiTConfig
 from di4c_ext.models.latent import LatentLaw
 from di4c_ext.models.token_config import LatentForm
@@ -81,6 +81,9 @@ class DiT(nn.Module):
                 gate = spread(gate[:, None, None], rows)
                 added = [gate * layer(told)[:, None] for layer in self.latent_in]
         cos, sin = self.rotary_emb(length, is_token, x.device)
+        if added and config.latent_rotary:
+            places = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+            added = [turned(value.unflatten(-1, (config.num_heads, -1)), *places).flatten(2) for value in added]
         for i, block in enumerate(self.blocks):
             x = block(x + added[i] if added else x, condition, cos, sin)
         x = x[:, :length] if positions is None else x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
@@ -99,7 +102,8 @@ class DiTDenoiser(MixtureDenoiser):
 
     x_t (B, D) or (B, L, D) int64, D up to config.length; t (B,), 1 noise to 0 data, which the published models do not
     look at (config.time_conditioning). positions (B, P) int64: places at which alone logits are wanted. return_hidden:
-    an `ops.Hidden`, states and head, in place of the logits. Bind either with functools.partial.
+    an `ops.Hidden`, states and head, in place of the logits; None: as config.hidden_logits says. Bind either with
+    functools.partial.
 
     Teacher: x_t (..., D) -> (..., D, S), or P in place of D; latents given to it are ignored.
     Student: latents (B, C) -> (B, D, S); latents (B, L, C) with x_t (B, D) or (B, L, D) -> (B, L, D, S).
@@ -133,7 +137,7 @@ class DiTDenoiser(MixtureDenoiser):
         latents: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        return_hidden: bool = False,
+        return_hidden: bool | None = None,
     ) -> Tensor | Hidden:
         config = self.config
         self._check(x_t, positions)
@@ -147,7 +151,7 @@ class DiTDenoiser(MixtureDenoiser):
             positions = spread(positions, lead.numel())
         states = self.backbone(x_t.flatten(0, -2), self._sigma(x_t, t), latents, positions)
         hidden = self._hidden(states.unflatten(0, lead))
-        return hidden if return_hidden else hidden.logits()
+        return hidden if (config.hidden_logits if return_hidden is None else return_hidden) else hidden.logits()
 
     def _sigma(self, x_t: Tensor, t: Tensor | None) -> Tensor:
         """The noise level -log alpha(t) shown to the network, (B,) float64, or 0, (1,), where it is to see none."""
@@ -195,6 +199,7 @@ class DiTDenoiser(MixtureDenoiser):
         latent_scale: float = 1000.0,
         latent_hidden_size: int = 512,
         latent_gate: float = 1.0,
+        latent_rotary: bool = False,
         dropout: float | None = None,
     ) -> DiTDenoiser:
         """A student with the teacher's weights; the teacher is copied.
@@ -209,5 +214,6 @@ class DiTDenoiser(MixtureDenoiser):
             "latent_scale": latent_scale,
             "latent_hidden_size": latent_hidden_size,
             "latent_gate": latent_gate,
+            "latent_rotary": latent_rotary,
         }
         return cls.student_of(teacher, told | ({} if dropout is None else {"dropout": dropout}))

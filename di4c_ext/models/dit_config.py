@@ -48,6 +48,11 @@ class DiTConfig(PreTrainedConfig):
     latent_embed_dim    sines and cosines by which each number of a latent is shown, even
     latent_hidden_size  width inside the latent's own MLP
     latent_gate         'added': power of the share of masked positions that scales what the latent adds; 0: in full
+    latent_rotary       'added': what the latent adds is turned by each position's angles, as queries and keys are.
+                        Positions are told to this network by nothing else, so where all are masked they are all alike,
+                        and a latent that adds the same to each can only make them alike in another way
+    hidden_logits       give `ops.Hidden`, hidden states and head, in place of logits: the losses and the samplers then
+                        make logits of masked positions alone, a few at a time
     """
 
     model_type = "di4c_dit"
@@ -73,6 +78,8 @@ class DiTConfig(PreTrainedConfig):
         latent_embed_dim: int = 128,
         latent_hidden_size: int = 512,
         latent_gate: float = 1.0,
+        latent_rotary: bool = False,
+        hidden_logits: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -94,6 +101,8 @@ class DiTConfig(PreTrainedConfig):
         self.latent_embed_dim = latent_embed_dim
         self.latent_hidden_size = latent_hidden_size
         self.latent_gate = latent_gate
+        self.latent_rotary = latent_rotary
+        self.hidden_logits = hidden_logits
         super().__init__(**kwargs)
         self._check()
 
@@ -147,3 +156,8 @@ class DiTConfig(PreTrainedConfig):
                 f"log_linear keeps finite, got {self.schedule!r}"
             )
         config_checks.token_latent(self)
+        if self.latent_rotary and self.latent_form != "added":
+            raise ValueError(
+                "DiTConfig: latent_rotary turns what a latent adds to positions, got latent_form "
+                f"{self.latent_form!r}; set latent_form 'added', or leave it out"
+            )

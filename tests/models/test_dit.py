@@ -133,10 +133,12 @@ def test_shorter_sequences():
     assert said(model, x).shape == (2, 5, 20)
 
 
-@pytest.mark.parametrize("latent_dim", [1, 3])
-def test_an_added_latent_starts_as_the_teacher(latent_dim):
+@pytest.mark.parametrize(("latent_dim", "rotary"), [(1, False), (3, False), (3, True)])
+def test_an_added_latent_starts_as_the_teacher(latent_dim, rotary):
     teacher = by_formula()
-    student = DiTDenoiser.from_teacher(teacher, latent_form="added", latent_dim=latent_dim, latent_hidden_size=12)
+    student = DiTDenoiser.from_teacher(
+        teacher, latent_form="added", latent_dim=latent_dim, latent_hidden_size=12, latent_rotary=rotary
+    )
     x = noised(2, teacher.config)
     wanted = said(teacher, x[:, None].expand(2, 3, -1))  # as many rows: matrix products round by their shape
     assert torch.equal(said(student.eval(), x), wanted)
@@ -163,6 +165,16 @@ def test_what_an_added_latent_adds_falls_with_the_masks():
     assert torch.equal(out[:, 0], out[:, 1])
     free = by_formula(**STUDENTS[1], latent_gate=0.0)
     assert not torch.allclose(said(free, clean)[:, 0], said(free, clean)[:, 1], atol=1e-2)
+
+
+def test_where_all_is_masked_a_turned_latent_tells_positions_apart():
+    """Rotations act between positions: with the same vector everywhere they leave no trace of where it stands."""
+    alike, apart = (by_formula(**STUDENTS[1], latent_rotary=rotary) for rotary in (False, True))
+    masks = torch.full((2, 12), alike.config.mask_id)
+    plain, turning = said(alike, masks), said(apart, masks)
+    torch.testing.assert_close(plain, plain[:, :, :1].expand_as(plain), rtol=1e-5, atol=1e-5)
+    assert (turning - turning[:, :, :1])[:, :, 1:].abs().amax((0, 1, 3)).min() > 0.05
+    assert (turning[:, :, 0] - plain[:, :, 0]).abs().max() > 0.05  # which places differ is heard everywhere
 
 
 def test_a_new_network_says_nothing():
@@ -292,6 +304,7 @@ def test_a_tokenizer_that_is_not_the_networks():
         ({"schedule": "cosine", "time_conditioning": True}, "only log_linear keeps finite"),
         ({"latent_dim": 2}, "Set latent_form 'added' for more"),
         ({"latent_form": "add"}, "latent_form must be one of token, added"),
+        ({"latent_rotary": True}, "latent_rotary turns what a latent adds to positions, got latent_form 'token'"),
         ({"latent_scale": 0.0}, "latent_scale must be finite and > 0"),
         ({"latent_gate": -1.0}, "latent_gate must be finite and >= 0"),
         ({"latent_embed_dim": 5}, "latent_embed_dim must be even"),
