@@ -18,6 +18,7 @@ GAP = 1  # pixels between two images, before scaling
 FRAME = 48  # the grey between them
 INK = 235  # of labels
 MARGIN = 8  # pixels about a label
+MAX_CLASSES = 16  # columns of a grid of classes
 
 
 def grid(
@@ -78,6 +79,11 @@ def labelled_grid(
     for top, height, (label, _) in zip(tops, heights, rows, strict=False):
         pen.text((MARGIN, top + height / 2), label, fill=ink, font=font, anchor="lm")
     return np.asarray(picture)
+
+
+def columns_for(num_classes: int, plain: int = 8) -> int:
+    """Of a grid of samples: one for each class, where these come in turn and are not too many, else `plain`."""
+    return num_classes if 1 < num_classes <= MAX_CLASSES else plain
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:

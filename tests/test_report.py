@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from di4c_ext import data, generate, pictures, report
+from di4c_ext import codes, data, generate, pictures, report
 from di4c_ext.report import charts
 from di4c_ext.report.facts import Facts, doubling, headline, latent_verdict, number, teacher_needs
 
@@ -24,6 +24,7 @@ def _facts(
     hybrid: dict[int, tuple[float, float]] | None = None,
     sampler: str = "ancestral",
     more: dict[str, Any] | None = None,
+    as_codes: codes.ImageCodes | None = None,
 ) -> Facts:
     images = images or data.load("digits")
     rows: list[dict[str, Any]] = []
@@ -69,7 +70,7 @@ def _facts(
         results["floors"]["label_score"] = 8.8
         results["bounds_name"] = "denoising cross-entropy in nats an image, mean over t in [0.01, 1]"
     settings = {"num_latents": 8, "output_dir": "out", "dataset_name": "<b>mine</b>"} | (more or {})
-    return Facts(settings, results, history, "trained in this run", {"teacher": 90.0}, images, 1000, 900)
+    return Facts(settings, results, history, "trained in this run", {"teacher": 90.0}, images, 1000, 900, as_codes)
 
 
 def test_sentences_follow_from_the_numbers() -> None:
@@ -160,6 +161,30 @@ def test_a_pixel_run_is_told_in_its_own_words() -> None:
     assert "repeat(3, 1fr)" in page and "var(--series-3)" in page
     grid = pictures.grid(facts.images.tokens[:4].long(), (16, 18, 3), 4, 16, "CHW")
     assert pictures.data_url(grid) in page
+
+
+def test_a_run_on_codes_is_told_in_its_own_words() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array([2, 0, 0, 1, 2, 1, 0, 1, 2])
+    images = data.from_arrays(rng.integers(0, 256, (9, 8, 8)), labels, num_states=256)
+    tokens = torch.from_numpy(rng.integers(0, 12, (9, 16)))
+    same = {"name": images.name, "example": images.example, "labels": images.labels}
+    made = codes.ImageCodes(**same, tokens=tokens, shape=(4, 4), num_states=12, num_classes=3)
+    facts = _facts(images=images, sampler="confidence", more={"process": "confidence"}, as_codes=made)
+    page, card, table = report.page(facts), report.model_card(facts), report.summary(facts)
+    for text in (page, card):
+        assert "mages of 8 x 8 as 4 x 4 codes, 12 in the code-book" in text and "masked diffusion" in text
+        assert "nats about its codes" in text
+    assert "nats about its codes" in table and "Decoder(vq_beside(" in card
+    assert "draws every code of a step independently" in page and "draws codes that agree" in page
+    assert "a latent about single codes" in page and "masked codes, bound" in page and "every code is masked" in page
+    assert "what a latent tells about single codes" in page
+    assert not re.search("states a pixel|every pixel|single pixels|its pixels|masked pixels", page + card + table)
+    # A column for each class: the first images of classes 0, 1 and 2, and the second of 0.
+    real = pictures.grid(images.tokens[[1, 3, 0, 2]].long(), (8, 8), 256, columns=3)
+    assert pictures.data_url(real) in page
+    samples = pictures.grid(images.tokens[:4].long(), (8, 8), 256, columns=3)
+    assert page.count(pictures.data_url(samples)) == 2 * 3, "both models at every number of steps"
 
 
 def test_extras_are_not_told_of_where_there_are_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from di4c_ext.metrics.features import num_features
 from di4c_ext.metrics.judge import CUTS
 from di4c_ext.report.facts import FIGURES, Facts, cast, headline, latent_verdict, number, plural
+from di4c_ext.text import TextTokens
 
 TEMPLATE = """---
 library_name: di4c_ext
@@ -21,7 +22,7 @@ datasets:
 {headline}.
 
 A student of {parameters:,} parameters for {diffusion} diffusion, distilled by Di4C (arXiv 2410.08709) from a teacher of
-{teacher_parameters:,}. Images of {shape}, {num_states} states a pixel. {latents}
+{teacher_parameters:,}. {examples} of {kind}. {latents}
 
 ## Use
 
@@ -39,7 +40,7 @@ A student of {parameters:,} parameters for {diffusion} diffusion, distilled by D
 
 ## What the teacher knows
 
-{bounds_name}: {train_bound:.1f} on training images, {heldout_bound:.1f} on held-out ones.
+{bounds}
 
 ## Citation
 
@@ -68,20 +69,33 @@ student, decode = open_model("{folder}", is_student=True), Decoder(vq_beside("{f
 images = as_images(decode(generate(student, {num_steps}, 64, seed=0)), ({shape_tuple}))"""
 
 
+_USE_OF_TEXT = """from di4c_ext.generate import generate, open_model
+from di4c_ext.text_sources import cutter_of
+
+student, cutter = open_model("{folder}", is_student=True), cutter_of("{folder}")
+texts = [cutter.decode(row) for row in generate(student, {num_steps}, 4, seed=0).tolist()]"""
+
+
 def protocol(facts: Facts) -> str:
-    """What the figures stand on: samples, seeds, references, the feature space."""
+    """What the figures stand on: samples, seeds, references, the feature space or the judge."""
     sizes = facts.results["sizes"]
     how = {
         "ancestral": "ancestral sampling",
-        "confidence": "the surest codes first",
+        "first_hitting": "one token drawn at each evaluation",
+        "confidence": _order(facts),
         "analytic": "posterior steps on an even grid from 1 to 0.01 and, there, the last denoising "
         + ("to the likeliest levels" if facts.settings.get("final", "argmax") == "argmax" else "by a draw"),
     }[facts.sampler]
+    drawn = (
+        f"{facts.num_samples:,} samples for each figure, {how}, temperature "
+        f"{facts.settings.get('temperature', 1.0):g}, seeds {', '.join(map(str, facts.seeds))}."
+    )
+    if facts.example == "sequence":
+        return f"{drawn} {_judges(facts)}"
     return " ".join(
         part
         for part in (
-            f"{facts.num_samples:,} samples for each figure, {how}, temperature "
-            f"{facts.settings.get('temperature', 1.0):g}, seeds {', '.join(map(str, facts.seeds))}.",
+            drawn,
             cast(facts),
             _codes(facts),
             _space(facts),
@@ -91,6 +105,35 @@ def protocol(facts: Facts) -> str:
             f"images against the held-out ones. Floors, and what real images score, are means of {CUTS} choices.",
         )
         if part
+    )
+
+
+def _judges(facts: Facts) -> str:
+    """Who finds the text how perplexing, and what all figures hang on."""
+    named, read = facts.settings.get("eval_causal_lm"), facts.settings.get("eval_num_judged")
+    first = (
+        ""
+        if named is None
+        else (
+            f"Generative perplexity: by {named} in {facts.settings.get('eval_dtype', 'float32')}, of the text of the "
+            f"first {read} samples in its own tokens, all of which count alike. "
+        )
+    )
+    return (
+        f"{first}The n-gram model is one of four training tokens, interpolated as Witten and Bell do. Entropies are in "
+        "nats; that of a sample's own tokens hangs on its length. Lower perplexity is better at the same entropy only, "
+        f"and all figures hang on the number of samples: real text stands beside them, as many of the "
+        f"{facts.results['sizes']['heldout']:,} held-out sequences, at most all."
+    )
+
+
+def _order(facts: Facts) -> str:
+    """In which order codes are revealed."""
+    randomize = facts.settings.get("randomize", "linear")
+    if randomize == "linear":
+        return f"the surest codes first under Gumbel noise of scale {facts.settings.get('gumbel', 4.5):g} at the start"
+    return {"random": "codes in random order", "none": "the surest codes first"}.get(
+        randomize, "the surest codes first after two steps in random order"
     )
 
 
@@ -108,40 +151,51 @@ def _space(facts: Facts) -> str:
     if accuracy is None:
         return "The images carry no labels, so there is no feature space."
     return (
-        f"Features: the {num_features(facts.images.shape)} of a small classifier trained on the labels of the training "
-        f"images (right on {accuracy:.1%} of the held-out ones)."
+        f"Features: the {num_features(facts.pictures.shape)} of a small classifier trained on the labels of the "
+        f"training images (right on {accuracy:.1%} of the held-out ones)."
     )
 
 
 def model_card(facts: Facts) -> str:
     """Markdown with YAML metadata, as model hubs read it."""
-    shape, folder = facts.images.shape, facts.settings.get("output_dir", "runs/digits")
-    bounds = facts.results["bounds"]
+    folder = facts.settings.get("output_dir", "runs/digits")
     num_steps = 4 if 4 in facts.steps else facts.steps[0]
-    use = _USE_OF_CODES if facts.sampler == "confidence" else _USE
+    if isinstance(facts.images, TextTokens):
+        use, shape, layout = _USE_OF_TEXT, "", ""
+    else:
+        use = _USE_OF_CODES if facts.sampler == "confidence" else _USE
+        shape, layout = ", ".join(map(str, facts.images.shape)), facts.images.layout
     return TEMPLATE.format(
         use=use.format(
             folder=folder,
             num_steps=num_steps,
-            shape_tuple=", ".join(map(str, shape)),
-            layout=facts.images.layout,
+            shape_tuple=shape,
+            layout=layout,
         ),
         dataset=facts.images.name,
         headline=headline(facts),
         parameters=facts.num_parameters,
         teacher_parameters=facts.teacher_parameters,
-        shape=" x ".join(map(str, shape)),
+        kind=facts.kind,
         diffusion=facts.diffusion,
         num_steps=num_steps,
-        bounds_name=facts.bounds_name[0].upper() + facts.bounds_name[1:],
-        num_states=facts.images.num_states,
+        examples=facts.example.capitalize() + "s",
+        bounds=_bounds(facts),
         latents=latent_verdict(facts),
         folder=folder,
         protocol=protocol(facts),
         tables="\n\n".join(_table(facts, figure) for figure in facts.figures),
-        train_bound=bounds["train"],
-        heldout_bound=bounds["heldout"],
     )
+
+
+def _bounds(facts: Facts) -> str:
+    """What the teacher knows, in a sentence."""
+    bounds = facts.results["bounds"]
+    if not bounds:
+        return "The teacher is a mixture itself, of which no bound was taken."
+    name = facts.bounds_name[0].upper() + facts.bounds_name[1:]
+    train, heldout = facts.bound(bounds["train"]), facts.bound(bounds["heldout"])
+    return f"{name}: {train} on training {facts.example}s, {heldout} on held-out ones."
 
 
 def _table(facts: Facts, figure: str) -> str:

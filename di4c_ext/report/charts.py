@@ -60,6 +60,29 @@ def against_steps(points: Points, floor: float | None, label: str, floor_label: 
     return _svg(figure, label)
 
 
+def frontier(points: Sequence[tuple[str, int, float, float]], real: tuple[float, float] | None) -> str:
+    """(model, number of steps, entropy, perplexity): a line for each model, its steps written beside the dots."""
+    figure, axes = _new(5.4, 3.9)
+    for model, (colour, marker) in MODELS.items():
+        mine = sorted((n, entropy, perplexity) for name, n, entropy, perplexity in points if name == model)
+        if not mine:
+            continue
+        entropies, perplexities = [entropy for _, entropy, _ in mine], [perplexity for _, _, perplexity in mine]
+        axes.plot(entropies, perplexities, marker=marker, color=colour, lw=1.6, ms=5, mew=0, label=model, zorder=3)
+        for n, entropy, perplexity in mine:
+            axes.annotate(str(n), (entropy, perplexity), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+    if real is not None:
+        axes.plot(*real, "*", color=MUTED, ms=11, mew=0, label="real text", zorder=4)
+    axes.set_yscale("log")
+    ticks = _log_ticks(axes.get_ylim())
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("entropy of a sample's own tokens, nats")
+    axes.set_ylabel("perplexity")
+    _legend(figure)
+    return _svg(figure, "perplexity against entropy")
+
+
 def over_time(lines: Sequence[dict[str, Any]], names: Sequence[str], label: str) -> str:
     """Named values of the metrics file against the training step."""
     figure, axes = _new(5.4, 3.3)

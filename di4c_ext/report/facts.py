@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from di4c_ext import env
+from di4c_ext.codes import ImageCodes
 from di4c_ext.data import ImageTokens
+from di4c_ext.text import TextTokens
 
 # figure -> (title, unit); distances: lower is better
 FIGURES = {
@@ -19,7 +21,14 @@ FIGURES = {
     "extractor_score": ("Inception-style score by the named feature extractor", ""),
     "position_entropy": ("Entropy per position", "nats"),
     "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
+    "perplexity": ("Generative perplexity", ""),
+    "ngram_perplexity": ("Perplexity by an n-gram model of the training text", ""),
+    "entropy": ("Entropy of a sample's own tokens", "nats"),
+    "pooled_entropy": ("Entropy of the tokens of all samples", "nats"),
+    "distinct_2": ("Share of different pairs of tokens", ""),
+    "self_bleu": ("Self-BLEU: BLEU-4 of a sample against the others", ""),
 }
+LOWER_IS_BETTER = ("frechet_features", "frechet_pixels", "perplexity", "ngram_perplexity")  # what headlines speak of
 MODELS = ("teacher", "student", "hybrid", "guided")  # in the order of tables
 DIFFUSIONS = {
     "absorbing": "masked",
@@ -39,9 +48,43 @@ class Facts:
     history: list[dict[str, Any]]
     teacher_origin: str
     seconds: dict[str, float]
-    images: ImageTokens
+    images: ImageTokens | TextTokens
     num_parameters: int
     teacher_parameters: int
+    codes: ImageCodes | None = None  # the images as the network takes them, where that is as codes
+
+    @property
+    def pictures(self) -> ImageTokens:
+        """The images of a run about images."""
+        if isinstance(self.images, TextTokens):
+            raise TypeError(f"Facts: {self.images.name!r} is text, there are no pictures of it")
+        return self.images
+
+    @property
+    def example(self) -> str:
+        """What a sample is: "image", or of text "sequence"."""
+        return "sequence" if isinstance(self.images, TextTokens) else "image"
+
+    @property
+    def an_example(self) -> str:
+        return f"{'an' if self.example == 'image' else 'a'} {self.example}"
+
+    @property
+    def unit(self) -> str:
+        """What the network draws position by position: "pixel", "code" or "token"."""
+        if isinstance(self.images, TextTokens):
+            return "token"
+        return "pixel" if self.codes is None else "code"
+
+    @property
+    def kind(self) -> str:
+        """The examples as the network takes them, in words."""
+        if isinstance(self.images, TextTokens):
+            return f"{self.images.length} tokens, each one of {self.images.num_states:,}"
+        shape = " x ".join(map(str, self.pictures.shape))
+        if self.codes is None:
+            return f"{shape}, {self.images.num_states} states a pixel"
+        return f"{shape} as {' x '.join(map(str, self.codes.shape))} codes, {self.codes.num_states} in the code-book"
 
     @property
     def diffusion(self) -> str:
@@ -60,8 +103,12 @@ class Facts:
 
     @property
     def bounds_name(self) -> str:
-        """What `bounds` are, in nats an image."""
+        """What `bounds` are, in nats an image, or a token."""
         return str(self.results.get("bounds_name", "likelihood bound in nats an image"))
+
+    def bound(self, value: float) -> str:
+        """A bound as it is printed: nats an image to a tenth, nats a token to a thousandth."""
+        return f"{value:.3f}" if self.example == "sequence" else f"{value:.1f}"
 
     @property
     def steps(self) -> list[int]:
@@ -130,9 +177,11 @@ def teacher_needs(facts: Facts, num_steps: int) -> str:
 
 def headline(facts: Facts) -> str:
     """One sentence: what the fewest steps give, and when the teacher gets there."""
-    if not facts.main_figure.startswith("frechet"):
+    if facts.main_figure not in LOWER_IS_BETTER:
         return "Teacher and student, sampled and compared"
     n = facts.steps[0]
+    if facts.example == "sequence":
+        return _text_headline(facts)
     student, teacher = (facts.mean(model, n, facts.main_figure) for model in ("student", "teacher"))
     first = f"In {plural(n, 'step')} the student stands {number(student)} from the data, its teacher {number(teacher)}"
     needed = teacher_needs(facts, n)
@@ -141,13 +190,29 @@ def headline(facts: Facts) -> str:
     return f"{first}; the teacher " + (f"needs {needed} steps for that" if needed.isdigit() else "never gets there")
 
 
+def _text_headline(facts: Facts) -> str:
+    """Of the steps at which the student gains most on its teacher: both, and their entropies, without which a
+    perplexity says little."""
+    figure = facts.main_figure
+    n = max(facts.steps, key=lambda n: facts.mean("teacher", n, figure) / facts.mean("student", n, figure))
+    student, teacher = (facts.mean(model, n, figure) for model in ("student", "teacher"))
+    if teacher <= student:
+        return "At no number of steps the student's text is the less perplexing"
+    varied = ", ".join(number(facts.mean(model, n, "entropy")) for model in ("student", "teacher"))
+    return (
+        f"In {plural(n, 'step')} the student's text has a perplexity of {number(student)}, its teacher's "
+        f"{number(teacher)} (entropies {varied} nats)"
+    )
+
+
 def latent_verdict(facts: Facts) -> str:
     """Whether the student uses its latents, with the number it rests on."""
     first = facts.results["latents"][0]
     gain = first["correlation"]
     told = (
         f"at the first step, with {plural(first['num_latents'], 'latent')}, the correlation between positions is worth "
-        f"{gain:.2f} nats for each held-out image, and a latent tells {first['information']:.2f} nats about its pixels"
+        f"{gain:.2f} nats for each held-out {facts.example}, and a latent tells {first['information']:.2f} nats about "
+        f"its {facts.unit}s"
     )
     if gain >= MATTERS:
         return f"The student uses its latents: {told}."
@@ -159,7 +224,7 @@ def latent_verdict(facts: Facts) -> str:
 
 def doubling(facts: Facts) -> list[tuple[int, float, float, int]]:
     """(k, student at k, teacher at 2k, seeds at which the student is at or below) where both were measured."""
-    if not facts.main_figure.startswith("frechet"):
+    if facts.main_figure not in LOWER_IS_BETTER:
         return []
     found = []
     for k in facts.steps:
@@ -187,6 +252,11 @@ def summary(facts: Facts) -> str:
         for model in facts.models
     ]
     floor = facts.results["floors"].get(figure)
+    real = "real text" if facts.example == "sequence" else "real against real"
     title = f"{FIGURES[figure][0]} ({facts.num_samples} samples, mean of {plural(len(facts.seeds), 'seed')}"
-    title += f", real against real {number(floor)})" if floor is not None else ")"
+    title += f", {real} {number(floor)})" if floor is not None else ")"
+    if facts.example == "sequence":  # a perplexity without an entropy says little
+        lines.append("entropy of a sample's own tokens, nats")
+        for model in facts.models:
+            lines.append(f"{model:<10}" + "".join(f"{number(facts.mean(model, n, 'entropy')):>9}" for n in facts.steps))
     return "\n".join(["", title, head, *lines, "", latent_verdict(facts)])

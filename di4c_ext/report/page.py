@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
 
 from di4c_ext import pictures
 from di4c_ext.arguments import as_yaml
-from di4c_ext.report import charts
+from di4c_ext.codes import classes_like
+from di4c_ext.report import charts, text_page
 from di4c_ext.report.card import protocol
-from di4c_ext.report.facts import FIGURES, Facts, doubling, headline, latent_verdict, number, plural, teacher_needs
+from di4c_ext.report.facts import (
+    FIGURES,
+    LOWER_IS_BETTER,
+    Facts,
+    doubling,
+    headline,
+    latent_verdict,
+    number,
+    plural,
+    teacher_needs,
+)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-COLUMNS = 16
+COLUMNS = 16  # of a grid without classes
 DIAGNOSTICS = ("gain_data", "gain_consistency", "latent_information")
 LEARNED = (
     "What the latents came to carry: the correlation gained at the data and at samples of the consistency target, and "
-    "what a latent tells about single pixels"
+    "what a latent tells about single {unit}s"
 )
 NOT_PARTS = {"phase", "step", "seconds", "loss", "grad_norm", "learning_rate", "epoch", *DIAGNOSTICS}
 
@@ -33,8 +46,8 @@ def page(facts: Facts) -> str:
         headline=escape(headline(facts)),
         lead=_lead(facts),
         cards=_cards(facts),
-        samples=_samples(facts),
-        quality=_quality(facts),
+        samples=text_page.samples(facts) if facts.example == "sequence" else _samples(facts),
+        quality=_quality(facts) + (text_page.frontier(facts) if facts.example == "sequence" else ""),
         doubling=_doubling(facts),
         protocol=escape(protocol(facts)),
         tables="".join(_table(facts, figure) for figure in facts.figures),
@@ -49,14 +62,13 @@ def page(facts: Facts) -> str:
 
 
 def _lead(facts: Facts) -> str:
-    shape = " x ".join(map(str, facts.images.shape))
     latents = facts.results["latents"][0]["num_latents"]
     return escape(
-        f"{facts.images.name}: images of {shape}, {facts.images.num_states} states a pixel, {facts.diffusion} "
-        f"diffusion. The teacher ({facts.teacher_parameters:,} parameters, {facts.teacher_origin}) draws every pixel "
+        f"{facts.images.name}: {facts.example}s of {facts.kind}, {facts.diffusion} diffusion. The teacher "
+        f"({facts.teacher_parameters:,} parameters, {facts.teacher_origin}) draws every {facts.unit} "
         "of a step independently; "
         f"the student ({facts.num_parameters:,}) is a mixture over a latent, trained with {plural(latents, 'latent')} "
-        "an image, and draws pixels that agree with one another."
+        f"{facts.an_example}, and draws {facts.unit}s that agree with one another."
     )
 
 
@@ -68,23 +80,50 @@ def _cards(facts: Facts) -> str:
         cards.append(
             f'<div class="card"><div class="steps">{plural(n, "step")}</div>'
             f'<div class="big">{number(student)}</div>'
-            f'<div class="small">teacher at {plural(n, "step")}: {number(teacher)}<br>'
+            f'<div class="small">{_varied(facts, n)}teacher at {plural(n, "step")}: {number(teacher)}<br>'
             f"teacher's steps to get there: {teacher_needs(facts, n)}</div></div>"
         )
     return "".join(cards)
 
 
+def _varied(facts: Facts, n: int) -> str:
+    """Of text, the entropies that a perplexity is to be read beside."""
+    if facts.example == "image":
+        return ""
+    student, teacher = (number(facts.mean(model, n, "entropy")) for model in ("student", "teacher"))
+    return f"entropy {student}, the teacher's {teacher}<br>"
+
+
 def _image(tokens: torch.Tensor, facts: Facts, text: str) -> str:
-    pixels = pictures.grid(tokens, facts.images.shape, facts.images.num_states, COLUMNS, facts.images.layout)
+    images: Any = facts.images  # no text, of which nothing is drawn
+    pixels = pictures.grid(tokens, images.shape, images.num_states, _columns(facts), images.layout)
     height, width = pixels.shape[:2]
     source = pictures.data_url(pixels)
     return f'<img src="{source}" width="{width * 4}" height="{height * 4}" alt="{escape(text)}">'
 
 
+def _columns(facts: Facts) -> int:
+    """A column for each class where the samples are told their classes."""
+    return pictures.columns_for(0 if facts.codes is None else facts.codes.num_classes, COLUMNS)
+
+
+def _real(facts: Facts, number: int) -> torch.Tensor:
+    """The first real images; where samples are told their classes, the first of the same classes."""
+    images: Any = facts.images
+    wanted = None if facts.codes is None else classes_like(facts.codes, facts.num_samples)
+    if wanted is None or images.labels is None:
+        first: torch.Tensor = images.tokens[:number].long()
+        return first
+    labels = wanted[:number].tolist()
+    of_class = {label: cycle((images.labels == label).nonzero()[:, 0].tolist()) for label in set(labels)}
+    chosen: torch.Tensor = images.tokens[torch.tensor([next(of_class[label]) for label in labels])].long()
+    return chosen
+
+
 def _samples(facts: Facts) -> str:
     grids = facts.results["grids"]
     shown = max(len(grid) for grid in grids.values())
-    real = _image(facts.images.tokens[:shown].long(), facts, "real images")
+    real = _image(_real(facts, shown), facts, "real images")
     columns = "" if len(facts.models) == 2 else f' style="grid-template-columns: 70px repeat({len(facts.models)}, 1fr)"'
     heads = "".join(f'<h3 class="{model}">{model.capitalize()}</h3>' for model in facts.models)
     rows = [
@@ -107,12 +146,13 @@ def _quality(facts: Facts) -> str:
             continue
         title, unit = FIGURES[figure]
         points = [(m, n, facts.values(m, n, figure)) for m in facts.models for n in facts.steps]
-        distance = figure.startswith("frechet")
+        distance = figure in LOWER_IS_BETTER
+        real = "real text" if facts.example == "sequence" else "real against real" if distance else "real images"
         svg = charts.against_steps(
             points,
             facts.results["floors"].get(figure),
             title + (f" ({unit})" if unit else ""),
-            "real against real" if distance else "real images",
+            real,
             log=distance,
         )
         better = "lower is better" if distance else "closest to the dashed line is best"
@@ -171,13 +211,13 @@ def _latent_table(facts: Facts) -> str:
         f"<td>{-row['joint']:.1f}</td></tr>"
         for row in facts.results["latents"]
     )
-    count = plural(int(facts.results["latents"][0]["num_images"]), "held-out image")
+    count = plural(int(facts.results["latents"][0]["num_images"]), f"held-out {facts.example}")
     is_masked = facts.diffusion == "masked"
-    noised, start = ("masked", "every pixel is masked") if is_masked else ("noised", "all is noise")
+    noised, start = ("masked", f"every {facts.unit} is masked") if is_masked else ("noised", "all is noise")
     return (
-        "<table><thead><tr><th>t</th><th>correlation</th><th>a latent about single pixels</th>"
-        f"<th>{noised} pixels, bound</th></tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="note">Nats an image, means over {count}; at t = 1 {start}. Correlation is the '
+        f"<table><thead><tr><th>t</th><th>correlation</th><th>a latent about single {facts.unit}s</th>"
+        f"<th>{noised} {facts.unit}s, bound</th></tr></thead><tbody>{rows}</tbody></table>"
+        f'<p class="note">Nats {facts.an_example}, means over {count}; at t = 1 {start}. Correlation is the '
         "log-likelihood of the mixture above that of the product of its own marginals.</p>"
     )
 
@@ -188,11 +228,12 @@ def _training(facts: Facts) -> str:
     parts = sorted({name for line in student for name in line} - NOT_PARTS)
     drawn = []
     if len(student) > 1:
-        drawn.append((charts.over_time(student, parts, "nats an image"), "The parts of the student's loss"))
+        drawn.append((charts.over_time(student, parts, f"nats {facts.an_example}"), "The parts of the student's loss"))
         known = [name for name in DIAGNOSTICS if any(name in line for line in student)]
-        drawn.append((charts.over_time(student, known, "nats an image, higher: more"), LEARNED))
+        learned = LEARNED.format(unit=facts.unit)
+        drawn.append((charts.over_time(student, known, f"nats {facts.an_example}, higher: more"), learned))
     if len(teacher) > 1:
-        svg = charts.over_time(teacher, ["nats_per_image"], "nats an image")
+        svg = charts.over_time(teacher, [f"nats_per_{facts.example}"], f"nats {facts.an_example}")
         drawn.append((svg, f"The teacher on its training batches: {facts.bounds_name}"))
     return "".join(
         f'<figure class="chart">{svg}<figcaption>{escape(text)}</figcaption></figure>' for svg, text in drawn
@@ -201,10 +242,12 @@ def _training(facts: Facts) -> str:
 
 def _bounds(facts: Facts) -> str:
     bounds, counts = facts.results["bounds"], facts.results["num_bounds"]
-    gap = bounds["heldout"] - bounds["train"]
+    if not bounds:
+        return "The teacher is a mixture itself; its likelihood has no bound that is cheap to take."
+    train, heldout, gap = map(facts.bound, (bounds["train"], bounds["heldout"], bounds["heldout"] - bounds["train"]))
     return (
-        f"The teacher's {escape(facts.bounds_name)}: <b>{bounds['train']:.1f}</b> on {counts['train']:,} training "
-        f"images and <b>{bounds['heldout']:.1f}</b> on {counts['heldout']:,} held-out ones; the difference, {gap:.1f}, "
+        f"The teacher's {escape(facts.bounds_name)}: <b>{train}</b> on {counts['train']:,} training "
+        f"{facts.example}s and <b>{heldout}</b> on {counts['heldout']:,} held-out ones; the difference, {gap}, "
         "is what it learned by heart."
     )
 
