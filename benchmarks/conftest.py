@@ -33,9 +33,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def meter(benchmark: Any, device: torch.device) -> Meter:
+def meter(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Meter:
     """Times one implementation of one group; see measuring.Meter."""
-    return Meter(benchmark, device)
+    return Meter(benchmark, device, f"{request.path}::{request.node.name}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and under nine minutes on an H100: build for its architecture, the tests on the
-# device, the sanitizers, every benchmark, the default distillation, a step of the published pixel system, a profile of
-# the kernels.
+# device, the sanitizers, every benchmark, the default distillation, steps of the published systems of pixels and of
+# image tokens, a profile of the kernels.
 #
 #     bash benchmarks/gpu.sh                    every part that is not done yet, in order
 #     bash benchmarks/gpu.sh build step         these parts, done or not
@@ -27,7 +27,7 @@ for file in benchmarks/bench_*.py; do
     file=${file#benchmarks/bench_}
     PARTS+=("${file%.py}")
 done
-PARTS+=(digits pixels_step profile)
+PARTS+=(digits pixels_step tokens_step language_step profile)
 mkdir -p "$OUT" "$WORK"
 export PYTHON WORK
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
@@ -115,6 +115,17 @@ pixels_step() {
     "$PYTHON" benchmarks/pixels_step.py
 }
 
+# All but the network, ours and the published way, and with the published network; fails where ours takes 400 MB or more.
+tokens_step() {
+    "$PYTHON" benchmarks/tokens_step.py && "$PYTHON" benchmarks/tokens_step.py --by published &&
+        "$PYTHON" benchmarks/tokens_step.py --layers 24 --micro_batch 8
+}
+
+# All but the network, every position masked, ours and the published way; fails where ours takes 2 GB or more.
+language_step() {
+    "$PYTHON" benchmarks/language_step.py --time 1 && "$PYTHON" benchmarks/language_step.py --time 1 --published
+}
+
 # Bytes through DRAM, time, registers and occupancy of every kernel of ours, to hold against the floor and the plan.
 profile() {
     local shape
@@ -166,7 +177,7 @@ run() { # name: 0 where it passed
     fi
     rm -f "$WORK/$name.done"
     case $name in
-        check | build | tests | memcheck | racecheck | digits | pixels_step | profile) set -- "$name" ;;
+        check | build | tests | memcheck | racecheck | digits | pixels_step | tokens_step | language_step | profile) set -- "$name" ;;
         *) set -- benchmark "$name" ;;
     esac
     timeout --kill-after=10 "$limit" bash -u -o pipefail -c '"$@"' gpu.sh "$@" >"$WORK/$name.log" 2>&1
@@ -183,7 +194,7 @@ run() { # name: 0 where it passed
     return "$code"
 }
 
-export -f check build has_kernels tests memcheck racecheck digits pixels_step profile benchmark
+export -f check build has_kernels tests memcheck racecheck digits pixels_step tokens_step language_step profile benchmark
 for name in "$@"; do
     [[ " ${PARTS[*]} list " == *" $name "* ]] ||
         { echo "gpu.sh: unknown part '$name'; the parts are ${PARTS[*]}" >&2; exit 64; }

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import os
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -17,6 +22,10 @@ import torch
 from torch import Tensor
 
 SECONDS = 0.5  # aimed at for the rounds of one measurement
+TURNS_SECONDS = 3.0  # where two calls take turns
+ALONE = "DI4C_BENCHMARK_MEMORY"  # environment: the file that a process of its own writes a call's growth into
+
+Turn = tuple[Callable[[], Any], int | None]  # a call and its floor in bytes
 LAUNCH_BOUND = 5e-4  # seconds: below it a call on a GPU is also captured in a graph and replayed
 
 
@@ -25,8 +34,9 @@ class Meter:
 
     rows: ClassVar[list[dict[str, Any]]] = []
 
-    def __init__(self, benchmark: Any, device: torch.device) -> None:
-        self._benchmark, self._device = benchmark, device
+    def __init__(self, benchmark: Any, device: torch.device, test: str) -> None:
+        """`test`: what pytest knows the running test by, a path and a name."""
+        self._benchmark, self._device, self._test = benchmark, device, test
 
     def __call__(
         self,
@@ -35,10 +45,12 @@ class Meter:
         call: Callable[[], Any],
         floor_bytes: int | None = None,
         *,
-        at_least: Mapping[str, float] | None = None,
+        at_least: Mapping[str, float | None] | None = None,
+        turns: Mapping[str, Turn] | None = None,
         growth_limit: float | None = None,
         may_fail: bool = False,
         graph: bool = True,
+        items: int | None = None,
     ) -> None:
         """Times `call` and records it.
 
@@ -49,10 +61,14 @@ class Meter:
             floor_bytes: the least that must cross memory: each input read once, each output written once. None: the
                 call is no business of memory alone, a network's step for one.
             at_least: what this row promises on a CPU: by the name of another row of the group, how many times as many
-                bytes of the floor it moves in a second.
-            growth_limit: bytes of memory that one call may take on top of its inputs, a promise too.
+                bytes of the floor it moves in a second; None where the number is told and nothing promised.
+            turns: of the rows in `at_least`, those whose calls on a CPU take turns with this one, so that whatever
+                slows the machine down slows both.
+            growth_limit: bytes of memory that one call may take on top of its inputs, a promise too: on a CPU it is
+                measured in a process of its own.
             may_fail: a peer's; an exception becomes a row that says so.
             graph: whether replaying a captured graph makes sense; not where the call captures one itself.
+            items: images, say, that one call is done with.
         """
         try:
             run = self._synchronised(call)
@@ -60,13 +76,28 @@ class Meter:
             start = time.perf_counter()
             growth = memory_growth(run, self._device)
             once = time.perf_counter() - start
+            if ALONE in os.environ:
+                Path(os.environ[ALONE]).write_text(str(growth))
+                pytest.skip("memory alone was asked for")
+            if growth_limit is not None and growth is not None and self._device.type == "cpu":
+                growth = growth_alone(self._test)
         except Exception as error:
             if not may_fail:
                 raise
             self.absent(group, name, f"fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        others = {} if self._device.type == "cuda" else dict(turns or {})
+        best = dict.fromkeys(others, math.inf)
+
+        def take_turns() -> None:
+            for peer, (theirs, _) in others.items():
+                best[peer] = min(best[peer], _clock(theirs))
+
         rounds = max(3 if once < 0.5 else 2, min(50, int(SECONDS / once)))
+        if others:
+            take_turns()
+            rounds = max(5, min(20, int(TURNS_SECONDS / (once + sum(best.values())))))
         self._benchmark.group = group
-        self._benchmark.pedantic(run, rounds=rounds)
+        self._benchmark.pedantic(run, setup=take_turns if others else None, rounds=rounds)
         graph_seconds = None
         if self._device.type == "cuda":
             seconds = statistics.median(_events(call, max(rounds, 10)))
@@ -83,11 +114,14 @@ class Meter:
             "growth_mb": None if growth is None else growth / 1e6,
             "growth_limit_mb": None if growth_limit is None else growth_limit / 1e6,
             "at_least": dict(at_least or {}),
+            "items_per_s": None if items is None else items / seconds,
         }
         if floor_bytes is not None:
-            best = seconds if graph_seconds is None else min(seconds, graph_seconds)
-            row["gb_per_s"] = floor_bytes / best / 1e9
-            row["of_copy"] = row["gb_per_s"] * 1e9 / copy_speed(self._device)
+            row |= self._speed(floor_bytes, seconds if graph_seconds is None else min(seconds, graph_seconds))
+        row["turns"] = {
+            peer: {"ms": best[peer] * 1e3} | ({} if floor is None else self._speed(floor, best[peer]))
+            for peer, (_, floor) in others.items()
+        }
         self._benchmark.extra_info.update(row)
         Meter.rows.append(row)
 
@@ -95,6 +129,10 @@ class Meter:
         """Records a peer that cannot be measured here, so that no table leaves it out in silence; ends the test."""
         Meter.rows.append({"group": group, "name": name, "note": why})
         pytest.skip(f"{name}: {why}")
+
+    def _speed(self, floor_bytes: int, seconds: float) -> dict[str, float]:
+        speed = floor_bytes / seconds
+        return {"gb_per_s": speed / 1e9, "of_copy": speed / copy_speed(self._device)}
 
     def _synchronised(self, call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -179,6 +217,22 @@ def memory_growth(run: Callable[[], None], device: torch.device) -> int | None:
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError):
         return None
+
+
+def growth_alone(test: str) -> int:
+    """`memory_growth` of a test's call in a fresh process, where nothing but that test has taken or kept memory.
+
+    In a long process it reads up to 2 MB more or less from run to run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "growth"
+        # A fixed threshold: memory freed above it is given back to the system and not handed out again unseen.
+        environment = {**os.environ, ALONE: str(found), "MALLOC_MMAP_THRESHOLD_": "131072"}
+        command = [sys.executable, "-m", "pytest", test, "-p", "no:cacheprovider"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not found.is_file():
+            raise RuntimeError(f"memory of {test} was not measured: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return int(found.read_text())
 
 
 def _status(field: str) -> int:
