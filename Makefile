@@ -1,6 +1,7 @@
 # make distill   environment, compiled kernels, the whole distillation, and where its report is; a second time, it
 #                goes on with the run in $(OUTPUT)
 # make test      the same environment with the test extras, lint, types and the whole test suite
+# make docs      the documentation into build/docs, every warning an error
 #
 # Overridable: PYTHON, VENV, TORCH (what pip installs first, for example TORCH="torch --index-url ..."),
 # WHEEL (a built wheel to install instead of the checkout), ARGS (flags for python -m di4c_ext.distill).
@@ -21,7 +22,7 @@ export PYTHONSAFEPATH = 1
 # Idle OpenMP threads sleep: spinning ones make a training step five times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: distill test lint clean
+.PHONY: distill test lint docs clean
 
 distill: $(VENV)/.all
 	$(VENV)/bin/python -m di4c_ext.distill --output_dir $(OUTPUT) $(if $(wildcard $(OUTPUT)/distill_config.yaml),--resume) $(ARGS)
@@ -32,6 +33,10 @@ test: $(VENV)/.test lint
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going -q -b html docs build/docs
+	@echo "documentation: build/docs/index.html"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
