@@ -83,8 +83,8 @@ def promises(measured: Measured) -> dict[str, bool]:
     return {"student at 4 <= teacher at 8": student[4] <= teacher[8]}
 
 
-def report(scale: Scale, seeds: Seeds) -> str:
-    """The results as Markdown."""
+def report(scale: Scale, seeds: Seeds, runs: Path) -> str:
+    """The results as Markdown; `runs` is the folder of the runs."""
     lines = [
         "# Image tokens: teacher and student by number of sampling steps",
         "",
@@ -94,8 +94,20 @@ def report(scale: Scale, seeds: Seeds) -> str:
         "",
         *recipes.figures(seeds, MODELS, scale.steps, _real),
         *recipes.closing(seeds, promises),
+        *_trainings(seeds, runs),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trainings(seeds: Seeds, runs: Path) -> list[str]:
+    """What the networks took that serve several runs, so that one may find them ready."""
+    from di4c_ext.callbacks import read_metrics
+
+    files = {"VQ model": runs / "vq" / "metrics.jsonl"}
+    files |= {f"teacher of seed {seed}": runs / f"seed-{seed}" / "teacher" / "metrics.jsonl" for seed in seeds}
+    took = {name: lines[-1]["seconds"] / 60 for name, file in files.items() if (lines := read_metrics(file))}
+    told = ", ".join(f"{name} {minutes:.1f}" for name, minutes in took.items())
+    return ["", f"Minutes of training, in this run or an earlier one: {told}."] if told else []
 
 
 def _real(run: Measured, figure: str) -> str:
@@ -107,12 +119,27 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
     """Class grids of teacher and student beside the two curves; `samples` is a run's folder of PNGs."""
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(15, 5.2), layout="constrained")
+    figure = plt.figure(figsize=(15, 1.4 * len(scale.shown)), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=(2.2, 1.0))
-    recipes.samples_panel(panels[0], samples, scale.shown)
+    _class_grids(panels[0], samples, scale.shown)
     recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, recipes.ticks(seeds, MODELS, scale.steps))
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _class_grids(panel: Any, folder: Path, steps: Sequence[int]) -> None:
+    """A row for each number of steps, the upper half of the teacher's grid beside that of the student's."""
+    from matplotlib import pyplot as plt
+
+    axes = panel.subplots(len(steps), len(MODELS), squeeze=False)
+    for n, row in zip(steps, axes, strict=True):
+        for model, ax in zip(MODELS, row, strict=True):
+            pixels = plt.imread(folder / f"{model}-{n:03d}steps.png")
+            ax.imshow(pixels[: -(-len(pixels) // 2)], cmap="gray", interpolation="nearest", aspect="equal")
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"{n} step{'s' if n > 1 else ''}")
+    for model, ax in zip(MODELS, axes[0], strict=True):
+        ax.set_title(model, color=recipes.COLOURS[model], fontweight="bold")
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -132,7 +159,12 @@ def main(argv: Sequence[str]) -> int:
     if args.vq_model is None:
         train_vq(scale, args.runs / "vq", flags)
     return recipes.run(
-        scale, args, lambda seed, output: flags_of(scale, seed, output, args, flags), report, picture, promises
+        scale,
+        args,
+        lambda seed, output: flags_of(scale, seed, output, args, flags),
+        lambda scale, seeds: report(scale, seeds, args.runs),
+        picture,
+        promises,
     )
 
 

@@ -295,7 +295,8 @@ def test_evaluate_measures_what_the_run_did(images: Path, finished: Path, tmp_pa
 def test_classes_reach_the_objective_and_a_guided_teacher_is_asked_without(
     images: Path, vq: Path, finished: Path, tmp_path: Path
 ) -> None:
-    flags = _distill(images, vq, tmp_path, process_config={"guidance": 3, "gumbel": 1}, label_dropout=0.3)
+    both = {"process_config": {"guidance": 2, "gumbel": 1}, "step_guidance": 3}
+    flags = _distill(images, vq, tmp_path, **both, label_dropout=0.3)
     job = distill.Run(flags)
     teacher = load_model(finished / "teacher")
     student = distill.new_student(job, teacher).eval()
@@ -356,7 +357,7 @@ def test_refuses_before_anything_is_written(images: Path, vq: Path, finished: Pa
         ({named: taught, "vq_model": other}, "other codes than those of 'rows': num_codes 12, these 9; codebook"),
         ({"dataset_name": wide}, "takes images of 8 x 8, those of 'wide' are 8 x 12"),
         ({"dataset_name": negative}, "label -1: classes are numbered from 0"),
-        ({"horizontal_flip": True}, "the codes of a mirrored image are others"),
+        ({"step_guidance": -1}, "guidance must be finite and >= 0, got -1"),
         (
             {"process": "absorbing", "process_config": {}, "student_model_config": {}},
             "is for --process confidence, this is absorbing",
