@@ -148,3 +148,20 @@ def test_latency_of_a_latent(meter, device, by):
         turns=None if by == "teacher" else {"teacher": (call("teacher"), None)},
         graph=False,
     )
+
+
+def test_what_an_added_latent_does(meter, device):
+    """All that it does beside the teacher's work, by itself: its own layers, and the sums before the blocks."""
+    network = _networks(device)["di4c"].backbone
+    x, latents = torch.randn(1, 256, WIDTH, device=device), torch.full((1, 1), 0.5, device=device)
+    gate = torch.ones(1, 1, 1, device=device)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            told = network._told(latents)
+            out = x
+            for added in [gate * layer(told)[:, None] for layer in network.latent_in]:
+                out = out + added
+        return out
+
+    meter("an added latent by itself, hidden states 1x256", "di4c", run, graph=False)

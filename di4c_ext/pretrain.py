@@ -220,6 +220,8 @@ def main(argv: Sequence[str]) -> int:
         f"{found['bounds_name']}: {known:.{task.digits}f} on {counts['train']} training {task.unit}s, "
         f"{held:.{task.digits}f} on {counts['heldout']} held-out ones"
     )
+    for side, value in found.get("perplexity_bound", {}).items():
+        print(f"perplexity of a token, {side}: at most {value:.2f}")
     return 0
 
 

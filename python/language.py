@@ -35,7 +35,7 @@ from di4c_ext.metrics.frontier import Point, is_at_or_below, perplexity_at
 MODELS = ("teacher", "student", "second")
 NAMES = {"teacher": "teacher", "student": "student (Di4C)", "second": "second round (Di4C²)"}
 COLOURS = {**recipes.COLOURS, "second": "#7b3fa0"}
-TEMPERATURES = (0.85, 0.925, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
+TEMPERATURES = (0.9, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
 PIECES = 1024
 FIGURES = {
     "perplexity": "Generative perplexity",
@@ -60,12 +60,17 @@ class Scale:
     num_samples: int
     num_judged: int
     dtype: str  # what the judge computes in
+    second_steps: int | None  # of the second round's training, where it is shorter than the first
 
 
 SCALES = {
-    "small": Scale("language", "language_small", "smollm2", (1, 2, 4, 8, 16, 32, 64), (4, 8, 16), 256, 256, "bfloat16"),
+    "small": Scale(
+        *("language", "language_small", "smollm2", (1, 2, 4, 8, 16, 32, 64), (4, 8, 16)),
+        *(256, 256, "bfloat16", 250),
+    ),
     "paper": Scale(
-        "language-paper", "language", "gpt2-large", (8, 16, 32, 64, 128), (16, 32, 64), 1024, 1024, "float32"
+        *("language-paper", "language", "gpt2-large", (8, 16, 32, 64, 128), (16, 32, 64)),
+        *(1024, 1024, "float32", None),
     ),
 }
 
@@ -93,6 +98,8 @@ def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, fl
     argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
     argv += ["--eval_causal_lm", args.judge or scale.judge, "--eval_num_judged", str(args.num_judged)]
     argv += ["--eval_dtype", scale.dtype]
+    if scale.second_steps is not None:
+        argv += ["--stage_config", json.dumps({"di4c2": {"max_steps": scale.second_steps}})]
     if args.scale == "small":
         argv += ["--tokenizer_name", str(args.runs / "pieces")]
     return [*argv, *recipes.resumed(output / "distill_config.yaml"), *flags]
@@ -271,7 +278,7 @@ def picture(scale: Scale, seeds: Seeds, file: Path) -> None:
         ax.set_xscale("log", base=2)
         ax.set_xticks(scale.steps, [str(n) for n in scale.steps])
         ax.set(xlabel="sampling steps", ylabel=FIGURES[name])
-    axes[0].set_yscale("log")
+    _log(axes[0])
     axes[0].legend(frameon=False)
     _frontier(axes[2], scale, measured)
     figure.savefig(file, dpi=110)
@@ -289,9 +296,18 @@ def _frontier(ax: Any, scale: Scale, measured: Measured) -> None:
             own = point(measured, model, k)
             ax.plot(*own, marker, color=COLOURS[model], ms=6, alpha=shade)
             ax.annotate(f"{k}", own, (6, 4), textcoords="offset points", color=COLOURS[model], fontsize=9)
-    ax.set_yscale("log")
+    _log(ax)
     ax.set(xlabel=FIGURES["entropy"], ylabel=FIGURES["perplexity"], title="students at k steps, teacher at 2k")
     ax.legend(frameon=False, fontsize=8)
+
+
+def _log(ax: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ticks = [m * 10.0**e for e in range(6) for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10.0**e <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-import runpy
 import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import dits
+import language
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from test_convert import SIZE, laid_out
 from test_convert_tokens import maskgit
 from token_models import SMALL, SMALL_VQ, tokens_by_formula, vq_by_formula
@@ -30,12 +34,13 @@ ELSEWHERE = {
     "pip install '.[all]'": ("Makefile", '"$(WHEEL)[$(1)]"'),
     "python python/plain_loop.py": ("tests/test_method.py", '"plain_loop.py"'),
 }
-QUIET = ["--use_cpu", "--disable_tqdm"]
-TRAINED = [*QUIET, "--max_steps", "2", "--warmup_steps", "0"]
+QUIET = ["--use_cpu", "--disable_tqdm", "true"]
+TRAINED = [*QUIET, "--max_steps", "2", "--warmup_steps", "0", "--per_device_train_batch_size", "4"]
 EVALUATED = ["--eval_num_samples", "12", "--eval_num_steps", "1", "2", "--eval_seeds", "0", "--eval_batch_size", "12"]
 TEACHER = ["--teacher_max_steps", "2", "--teacher_per_device_train_batch_size", "8", "--teacher_warmup_steps", "0"]
-STUDENT = ["--per_device_train_batch_size", "4", "--num_latents", "2", "--num_targets", "2"]
-PIXELS = ["--dataset_name", "grey.npz", "--num_states", "16"]
+STUDENT = ["--num_latents", "2", "--num_targets", "2"]
+PIXELS = ["--dataset_name", "images.npz", "--num_states", "16"]
+GREY = ["--dataset_name", "grey.npz", "--num_states", "256"]
 UNET = {"base_channels": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "attention_scales": [1], "time_embed_dim": 4}
 VQ = {
     **{"num_codes": 12, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
@@ -45,6 +50,7 @@ TOKENS = {
     **{"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 8, "embedding_std": 0.3, "mask_logit": False},
     **{"latent_embed_dim": 4, "latent_hidden_size": 8},
 }
+DIT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "cond_dim": 8, "dropout": 0.0}
 COMPACT = {"hidden_size": 16, "num_blocks": 1}
 
 
@@ -56,18 +62,37 @@ def _distilled(settings: dict[str, Any], *more: str) -> list[str]:
     return [*TRAINED, *TEACHER, *STUDENT, *EVALUATED, *_config("teacher_", settings), *more]
 
 
-# By command and preset: what is added behind a command's own words.
+# By command and preset or model: what is added behind a command's own words.
 SMALLER: dict[tuple[str, str | None], list[str]] = {
     ("distill", None): _distilled(COMPACT),
     ("distill", "pixels_small"): _distilled(UNET, *PIXELS, "--hybrid", "1"),
-    ("distill", "tokens_small"): _distilled(TOKENS, "--dataset_name", "grey.npz"),
+    ("distill", "tokens_small"): _distilled(TOKENS, *GREY),
     ("pretrain", None): [*TRAINED, *_config("", COMPACT)],
     ("pretrain", "pixels_small"): [*TRAINED, *_config("", UNET)],
-    ("pretrain vq", "tokens_small"): [*TRAINED, *_config("", VQ), "--dataset_name", "grey.npz"],
-    ("pretrain codes", "tokens_small"): [*QUIET, "--dataset_name", "grey.npz"],
+    ("pretrain vq", "tokens_small"): [*TRAINED, *_config("", VQ), *GREY],
+    ("pretrain codes", "tokens_small"): [*QUIET, *GREY],
+    ("pretrain", "language_small"): [*TRAINED, *_config("", DIT)],
+    ("pretrain masked-lm", None): [*TRAINED, "--block_size", "12"],
+    ("distill", "language_small"): [*TRAINED, *STUDENT, *EVALUATED],
+    ("distill", "masked_lm"): [*TRAINED, *STUDENT, *EVALUATED],
+    ("evaluate", "runs/pixels"): [*EVALUATED, *PIXELS],
+    ("evaluate", "runs/tokens"): [*EVALUATED, *GREY],
     ("evaluate", None): EVALUATED,
     ("sample", None): ["--num_samples", "4"],
     ("env", None): [],
+}
+
+# Runs that a page takes for made.
+RUNS = {
+    "runs/digits": "python -m di4c_ext.distill --output_dir runs/digits",
+    "runs/pixels": "python -m di4c_ext.distill --preset pixels_small --output_dir runs/pixels",
+}
+# The published files, and the settings of networks smaller than theirs.
+SIZES = {
+    "ckpt_0001999999.pt": SIZE,
+    "MaskGIT_ImageNet_256.pth": SMALL,
+    "last.ckpt": SMALL_VQ,
+    "mdlm.safetensors": {"length": dits.SMALL["length"]},
 }
 
 
@@ -78,14 +103,19 @@ class Shelf:
         self.folder, self.root = folder, root
         self.done: set[str] = set()
         rng = np.random.default_rng(0)
-        labels = np.arange(60) % 3
-        images = rng.integers(0, 100, (60, 8, 8)) + 100 * (labels[:, None, None] == np.arange(8)[:, None] // 3)
+        labels = np.arange(60) % 10
+        images = rng.integers(0, 100, (60, 8, 8)) + 10 * labels[:, None, None]
         np.savez(folder / "grey.npz", images=images, labels=labels)
         np.savez(folder / "images.npz", images=images // 13)
+        (folder / "mine.yaml").write_text("num_latents: 2\n")
         self._pictures(images)
         torch.save(laid_out(by_formula(ch_mult=[1, 2]), ddp=True), folder / "ckpt_0001999999.pt")
         torch.save(maskgit(tokens_by_formula()), folder / "MaskGIT_ImageNet_256.pth")
         torch.save({"state_dict": vq_by_formula().state_dict()}, folder / "last.ckpt")
+        weights = dits.by_formula().backbone.state_dict()
+        save_file({f"backbone.{name}": weight.clone() for name, weight in weights.items()}, folder / "mdlm.safetensors")
+        language.save("bert", folder / "bert")
+        (folder / "story.txt").write_text("\n\n".join([" ".join(language.WORDS) * 5] * 60))
 
     def _pictures(self, images: np.ndarray) -> None:
         from PIL import Image
@@ -102,20 +132,26 @@ class Shelf:
         self.done.add(line)
         if words[:2] == ["python", "-m"]:
             self._module(words[2].removeprefix("di4c_ext."), words[3:])
+        elif words[0] == "pytest":
+            self._process("-m", "pytest", str(self.root / words[1]), *words[2:], "-k", "test_random_bits")
         elif words[0] == "python":
-            with mock.patch("sys.argv", words[1:]):
-                runpy.run_path(str(self.root / words[1]), run_name="__main__")
+            self._process(str(self.root / words[1]), *words[2:])
         else:
             raise AssertionError(f"no test runs {line!r}")
 
+    def _process(self, *words: str) -> None:
+        done = subprocess.run([sys.executable, *words], cwd=self.folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def _module(self, name: str, argv: list[str]) -> None:
-        preset = argv[argv.index("--preset") + 1] if "--preset" in argv else None
+        told = next((argv[argv.index(flag) + 1] for flag in ("--preset", "--model") if flag in argv), None)
+        if told in RUNS and not (self.folder / told).exists():
+            self.run(shlex.split(RUNS[told]))
         kind = f"{name} {argv[argv.index('--kind') + 1]}" if "--kind" in argv else name
         main = importlib.import_module(f"di4c_ext.{name}").main
         if name == "convert":
-            size = {"ckpt": SIZE, "Mask": SMALL, "last": SMALL_VQ}[argv[argv.index("--checkpoint") + 1][:4]]
-            more = ["--model_config", json.dumps(size)]
+            more = ["--model_config", json.dumps(SIZES[argv[argv.index("--checkpoint") + 1]])]
         else:
-            more = SMALLER[kind, preset] if (kind, preset) in SMALLER else SMALLER[kind, None]
+            more = SMALLER.get((kind, told)) or SMALLER[kind, None]
         with mock.patch("di4c_ext.metrics.judge.classifier", partial(classifier, steps=20)):
             assert main([*argv, *more]) in (0, None), shlex.join(argv)

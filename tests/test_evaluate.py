@@ -172,7 +172,7 @@ def test_refusals(folder: Path, refused: Callable[..., str], tmp_path: Path) -> 
         (sample.main, ["--model", folder / "teacher", "--teacher", folder / "grey", "--hybrid", 1], "a teacher itself"),
         (sample.main, [*student, "--sampler", "euler"], "--sampler 'euler': must be one of auto, ancestral"),
         (sample.main, [*student, "--sampler", "tau_leaping"], "is for teachers of GaussianProcess"),
-        (sample.main, ["--model", folder / "mlp", "--sampler", "analytic"], "this model is masked"),
+        (sample.main, ["--model", folder / "mlp", "--sampler", "tau_leaping"], "this model is masked"),
         (sample.main, ["--model", folder], "config.json is missing"),
         (evaluate.main, [*student, *measured, "--hybrid", 1], "--hybrid 1: needs a student and its teacher"),
         (evaluate.main, [*both, *measured, "--hybrid", 3], "than the 2 of the smallest --eval_num_steps"),

@@ -104,7 +104,7 @@ def test_small_scale_as_distill_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert text.tokenizer_name == "runs/language-seeds/pieces"
     assert (teacher.teacher_seed, student.seed, student.max_steps) == (4, 4, 7)
     assert evaluation.eval_num_steps == [1, 2, 4, 8, 16, 32, 64] and evaluation.eval_causal_lm == "smollm2"
-    assert stages.stages == ["di4c", "di4c2"]
+    assert stages.stages == ["di4c", "di4c2"] and stages.stage_config == {"di4c2": {"max_steps": 250}}
 
 
 def test_published_scale_as_distill_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Preset `language_small`" in (results / "language.md").read_text()
     assert plt.imread(results / "language.png").shape[:2] == (484, 1540)
     more = [json.loads(row) for row in (run / "more.jsonl").read_text().splitlines()]
-    assert len(more) == 7 + 3 * 3 and {row["temperature"] for row in more} == {1.0, *language.TEMPERATURES}
+    assert len(more) == 7 + 2 * 3 and {row["temperature"] for row in more} == {1.0, *language.TEMPERATURES}
     assert len(read) == 1 + 14 + 1 + len(more) and set(read) == {2}
     kept = json.loads((results / "language.json").read_text())["1"]
     assert {row["model"] for row in kept["rows"]} == set(language.MODELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,35 @@ def _steps(train: data.ImageTokens, cache: Path | None) -> Any:
     from di4c_ext.metrics.features import classifier
 
     return classifier(train, cache, steps=3)
+
+
+def test_the_whole_way_with_more_pictures_than_memory_holds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VQ model, codes, teacher, student, samples and figures, and nobody asks for all of the pictures at once."""
+    from test_tokens_commands import NETWORK, _distill, _vq, _words
+
+    from di4c_ext import distill, evaluate, pretrain
+    from di4c_ext.metrics import features
+
+    monkeypatch.setenv("DI4C_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(judges, "classifier", lambda train, cache: features.classifier(train, cache, steps=3))
+    monkeypatch.setattr(lazy_rows, "IN_MEMORY", 100)
+    pieces = ((codes, "CHUNK"), (features, "AT_ONCE"), (features, "BATCH"), (judges, "_AT_ONCE"))
+    for module, name in pieces:
+        monkeypatch.setattr(module, name, 16)
+    asked: list[int] = []
+    read = picture_sets.PictureSet.pixels
+    monkeypatch.setattr(
+        picture_sets.PictureSet, "pixels", lambda self, index: asked.append(len(index)) or read(self, index)
+    )
+    told = {"image_size": SIZE, "grayscale": False, "horizontal_flip": True}
+    assert pretrain.main(_vq(folder, tmp_path / "vq", **told, max_steps=2, save_steps=2)) == 0
+    settings = {"teacher_max_steps": 2, "max_steps": 2, "teacher_model_config": NETWORK, "eval_num_samples": 6}
+    run = tmp_path / "run"
+    assert distill.main(_distill(folder, tmp_path / "vq", run, **told, **settings)) == 0
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["frechet_features"] >= 0 for row in rows)
+    words = {"model": run, "dataset_name": folder, "eval_num_samples": 6, "eval_num_steps": 1, "eval_seeds": 0, **told}
+    assert evaluate.main(_words(words)) == 0
+    assert max(asked) == 16, "what is done with all of them is done piece by piece"

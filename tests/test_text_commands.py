@@ -151,7 +151,8 @@ def test_a_teacher_alone_and_again_from_the_cache(
 ) -> None:
     told = _teaching(story, tmp_path / "teacher", seed=5)
     assert pretrain.main(told) == 0
-    assert "likelihood bound in nats a token: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "likelihood bound in nats a token: " in shown and "perplexity of a token, heldout: at most 2" in shown
     assert told_beside(tmp_path / "teacher")["block_size"] == 12
     weights = tmp_path / "teacher" / "model.safetensors"
     wanted = weights.read_bytes()

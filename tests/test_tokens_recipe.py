@@ -117,7 +117,7 @@ def test_published_numbers_of_the_training(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (student.learning_rate, student.adam_beta2, student.weight_decay) == (1e-5, 0.96, 1e-5)
     assert (student.base_learning_rate, student.label_dropout, student.ema_decay) == (None, 0.1, 0.0)
     assert (student.window, student.window_share, student.step_min, student.step_max) == (0.05, 0.05, 0.05, 0.05)
-    assert (student.data_weight, student.data_law, student.student_model_config) == (0.1, "sigmoid", None)
+    assert (student.data_weight, student.data_law, student.student_model_config) == (0.1, "sigmoid", {})
     made = inspect.signature(TokenDenoiser.from_teacher).parameters
     assert (made["latent_form"].default, made["latent_dim"].default, made["latent_law"].default) == (
         *("token", 1),

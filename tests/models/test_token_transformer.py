@@ -10,6 +10,7 @@ import pytest
 import torch
 from token_models import SMALL, codes, tokens_by_formula
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from di4c_ext import random
@@ -187,6 +188,23 @@ def test_attention_is_that_of_torch():
     theirs.load_state_dict(own.state_dict())
     x = torch.randn(2, 7, 24)
     close(own(x), theirs(x, x, x)[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_of_bfloat16_is_computed_in_float32_on_a_cpu():
+    torch.manual_seed(0)
+    attention, x = PackedAttention(24, 3, 0.0).eval(), torch.randn(2, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x)
+    low = {name: weight.bfloat16() for name, weight in attention.named_parameters()}
+    packed = functional.linear(x.bfloat16(), low["in_proj_weight"], low["in_proj_bias"])
+    q, k, v = packed.float().view(2, 5, 3, 3, 8).transpose(1, 3).unbind(2)
+    told = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).bfloat16()
+    expected = functional.linear(told, low["out_proj.weight"], low["out_proj.bias"])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    by_itself = functional.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert not torch.equal(told, by_itself.transpose(1, 2).flatten(2)), "in bfloat16 it would be another"
 
 
 class Made(TorchDispatchMode):
