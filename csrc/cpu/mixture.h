@@ -11,6 +11,7 @@ namespace di4c::cpu::DI4C_ISA {
 
 constexpr float kTiny = 1e-30f;
 constexpr int64_t kTableBytes = 512 << 10;  // of a position's probabilities, which are to stay in the second cache
+constexpr int64_t kAhead = 4 << 10;         // bytes that are asked for before they are read
 constexpr int64_t kGroupBytes = 256 << 10;  // of a few positions'
 
 static inline bool is_inside(const uint8_t* inside, int64_t b) { return inside && inside[b] != 0; }
@@ -111,6 +112,9 @@ struct PartGradients {
   }
 };
 
+// How many rows are read, of `bytes` each, while those that were asked for come.
+static inline int64_t rows_ahead(int64_t bytes) { return bytes < 1 ? 1 : ceil_div(kAhead, bytes); }
+
 // One position's rows of some logits, their normalisers among them.
 struct Rows {
   int64_t count = 0;
@@ -121,6 +125,13 @@ struct Rows {
   Rows(Arena& arena, int64_t n) : count(n), row(arena.take<Row>(n)), norm(arena.take<Norm>(n)) {}
   void find(const Logits& x, int64_t S, int64_t b, int64_t d) const {
     for (int64_t i = 0; i < count; ++i) row[i] = row_at(x, S, b, i, d);
+  }
+  // What is read some kAhead bytes after elements [start, start + n) of row i, where those of all rows are read one row
+  // after the other, and then those that lie `next` elements from each row's first; nothing where that is -1.
+  Soon ahead(int64_t i, int64_t start, int64_t n, int64_t next) const {
+    const int64_t far = i + rows_ahead(n * element_size(row[i].dtype));
+    if (far < count) return soon(row[far], start);
+    return next < 0 ? Soon{} : soon(row[far < 2 * count ? far - count : count - 1], next);
   }
   void recall(const Lines& planes, int64_t at) const {
     for (int64_t i = 0; i < count; ++i) norm[i] = {planes.at(i, at), planes.at(count + i, at)};
@@ -206,6 +217,12 @@ struct Runs {
   }
   int64_t end(int64_t first) const { return first + length < positions ? first + length : positions; }
 };
+
+// Elements of the pieces that a row is cut into, `most` or up to a quarter more, so that none is a mere rest.
+static inline int64_t even_piece(int64_t S, int64_t most) {
+  const int64_t pieces = S <= most + most / 4 ? 1 : ceil_div(S - most / 4, most);
+  return padded(ceil_div(S, pieces));
+}
 
 // Asks for a row that is read soon, or its first few KiB: the processor sees the rest coming.
 static inline void prefetch(const Logits& x, int64_t S, int64_t b, int64_t l, int64_t d) {

@@ -13,7 +13,7 @@ namespace di4c::cpu::DI4C_ISA {
 namespace {
 
 constexpr int64_t kStripFloats = 8192;       // of all L rows' strips: 32 KiB stay in the first cache
-constexpr int kNarrowest = 64;
+constexpr int kNarrowest = 64, kMostColumns = kChunk * 3 / 4;  // a third more is still a chunk
 constexpr float kFarScale = 0x1p60f;         // see far()
 
 struct Backward {
@@ -25,25 +25,25 @@ struct Backward {
   Tokens tokens;
   GradientWriter writer;
   float *slope;               // (L): A_l
-  float *e, *mass, *rho, *t, *buffer;  // (L, stride), (columns) each, (kChunk)
+  float *e, *mass, *rho, *t, *buffer;  // (L, stride), (columns) each
   int64_t *first, *order;     // tokens by strip: (strips + 1), (K)
   LogisticSum* head;          // (L)
 
-  static int columns_of(int64_t L) {
+  static int columns_of(int64_t L, int64_t S) {
     const int64_t n = kStripFloats / (L < 1 ? 1 : L) / kNarrowest * kNarrowest;
-    return static_cast<int>(n < kNarrowest ? kNarrowest : n > kChunk ? kChunk : n);
+    return static_cast<int>(even_piece(S, n < kNarrowest ? kNarrowest : n > kMostColumns ? kMostColumns : n));
   }
 
   Backward(const MixtureBackwardArgs& x, Arena& arena)
-      : args(x), S(x.S), L(x.L), dtype(x.logits.dtype), columns(columns_of(L)), stride(columns + W),
+      : args(x), S(x.S), L(x.L), dtype(x.logits.dtype), columns(columns_of(L, S)), stride(columns + W),
         strips(static_cast<int>(ceil_div(S, columns))), logits(arena, L), teacher(arena, x.teacher.data ? 1 : 0),
-        target(arena, x.T), tokens(arena, L, x.K), writer(x, arena) {
+        target(arena, x.T), tokens(arena, L, x.K), writer(x, arena, columns) {
     slope = arena.take<float>(L);
     e = arena.take<float>(L * stride);
     mass = arena.take<float>(columns);
     rho = arena.take<float>(columns);
     t = arena.take<float>(columns);
-    buffer = arena.take<float>(kChunk);
+    buffer = arena.take<float>(columns);
     first = arena.take<int64_t>(strips + 1);
     order = arena.take<int64_t>(x.K);
     head = arena.take<LogisticSum>(dtype == kLogistic ? L : 0);
@@ -51,15 +51,15 @@ struct Backward {
 
   // Positions d .. d + n of sample b, whose lines are there.
   void block(int64_t b, int64_t d, int64_t n, const KeptLines& lines) {
-    for (int64_t at = 0; at < n; ++at) position(b, d + at, at, lines);
+    writer.start();
+    for (int64_t at = 0; at < n; ++at) position(b, d + at, at, at + 1 < n, lines);
   }
 
-  void position(int64_t b, int64_t d, int64_t at, const KeptLines& lines) {
+  // `followed`: by the next position.
+  void position(int64_t b, int64_t d, int64_t at, bool followed, const KeptLines& lines) {
     const float w = weight_at(args.weight, b * args.D + d);
-    if (w == 0) {
-      for (int64_t l = 0; l < L; ++l) zero_row(args.grad, dtype, row_of(b, l, d), S);
-      return;
-    }
+    for (int64_t l = 0; l < L && w == 0; ++l) writer.zero(writer.place(b, l, d, followed));
+    if (w == 0) return;
     const PartGradients parts(args, b, w);
     logits.find(args.logits, S, b, d);
     logits.recall(lines.lse, at);
@@ -79,20 +79,23 @@ struct Backward {
       target.find(args.target, S, b, d);
       target.recall(lines.lse_target, at);
     }
-    for (int strip = 0; strip < strips; ++strip) write_strip(b, d, strip, parts);
-    for (int64_t l = 0; l < L && dtype == kLogistic; ++l) writer.close(row_of(b, l, d), head[l]);
+    const bool more = d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0;
+    for (int strip = 0; strip < strips; ++strip) write_strip(b, d, strip, parts, more, followed);
+    for (int64_t l = 0; l < L && dtype == kLogistic; ++l) writer.close(writer.place(b, l, d, followed), head[l]);
   }
 
-  int64_t row_of(int64_t b, int64_t l, int64_t d) const { return (b * L + l) * args.D + d; }
-
-  void write_strip(int64_t b, int64_t d, int strip, const PartGradients& parts) {
+  // `more`: the next position is read, too. `followed`: and written, right after this one.
+  void write_strip(int64_t b, int64_t d, int strip, const PartGradients& parts, bool more, bool followed) {
     const float same = parts.distillation, to_teacher = parts.to_teacher, to_target = parts.to_target;
     const int64_t start = static_cast<int64_t>(strip) * columns;
     const int n = min_int(S - start, columns);
+    const auto next = [&](const Logits& x) { return start + n < S ? start + n : more ? x.stride_d : -1; };
     for (int64_t l = 0; l < L; ++l) {
       const Norm norm = logits.norm[l];
       float* row = e + l * stride;
+      const Soon ask = logits.ahead(l, start, n, next(args.logits));
       each(read(logits.row[l], start, n, buffer), n, -kInf, DI4C_EACH(int, int i, int, f32 v) {
+        ask(i);
         const f32 p = exp_nonpos(v - norm.max - norm.log_sum);
         store(row + i, p);
         store(mass + i, l == 0 ? p : load(mass + i) + p);
@@ -100,12 +103,13 @@ struct Backward {
     }
     // rho and, in t, what does not hang on l
     for (int i = 0; i < n; i += W) store(rho + i, f32{}), store(t + i, f32{});
-    if (same != 0 || to_teacher != 0) add_probabilities(teacher, start, n, DI4C_EACH(int i, f32 p) {
+    if (same != 0 || to_teacher != 0) add_probabilities(teacher, start, n, next(args.teacher),
+                                                        DI4C_EACH(int i, f32 p) {
       store(rho + i, to_teacher * p);
       store(t + i, same * p);
     });
     const float share = to_target / static_cast<float>(args.T < 1 ? 1 : args.T);
-    if (to_target != 0) add_probabilities(target, start, n, DI4C_EACH(int i, f32 p) {
+    if (to_target != 0) add_probabilities(target, start, n, next(args.target), DI4C_EACH(int i, f32 p) {
       store(rho + i, fma(p, set(share), load(rho + i)));
     });
     f32 tiny = {};
@@ -119,24 +123,28 @@ struct Backward {
         far(start, j, min_int(n - j, kLanes), parts);
     for (int64_t l = 0; l < L; ++l) {
       const f32 by = set(slope[l]);
-      float* piece = writer.piece(row_of(b, l, d), start, writer.out);
+      const auto place = writer.place(b, l, d, followed);
+      float* piece = writer.piece(place, start);
       each(e + l * stride, n, 0.0f, DI4C_EACH(int, int i, int count, f32 p) {
         store(piece + i, count, fma(p, by - load(rho + i), -load(t + i)));
       });
       if (args.K > 0)
         tokens.add(first[strip], first[strip + 1], order, tokens.x + l * tokens.Kp, start, piece);
       LogisticSum none{};
-      writer.put(row_of(b, l, d), logits.row[l], start, n, piece, dtype == kLogistic ? head[l] : none);
+      writer.put(place, logits.row[l], start, n, piece, dtype == kLogistic ? head[l] : none);
     }
   }
 
-  // f(i, p) for the vectors of each row's probabilities.
+  // f(i, p) for the vectors of each row's probabilities; `next` as for Rows::ahead.
   template <typename F>
-  void add_probabilities(const Rows& rows, int64_t start, int n, const F& f) {
+  void add_probabilities(const Rows& rows, int64_t start, int n, int64_t next, const F& f) {
     for (int64_t i = 0; i < rows.count; ++i) {
       const Norm norm = rows.norm[i];
-      each(read(rows.row[i], start, n, buffer), n, -kInf,
-           DI4C_EACH(int, int j, int, f32 v) { f(j, exp_nonpos(v - norm.max - norm.log_sum)); });
+      const Soon ask = rows.ahead(i, start, n, next);
+      each(read(rows.row[i], start, n, buffer), n, -kInf, DI4C_EACH(int, int j, int, f32 v) {
+        ask(j);
+        f(j, exp_nonpos(v - norm.max - norm.log_sum));
+      });
     }
   }
 
@@ -183,9 +191,11 @@ struct Run {
 
 template <typename Kind>
 void run_all(const MixtureBackwardArgs& args, int threads) {
-  constexpr int64_t kRun = 1 << 17;  // elements that a task takes at least, and at most a block of positions
+  constexpr int64_t kRun = 1 << 19;  // elements of a task of several positions; at most a block
   const int64_t rows = 2 * args.L + args.T, per_position = rows * args.S + args.L * args.K + 1;
-  const int64_t length = per_position > kRun ? 1 : kRun / per_position < kPositions ? kRun / per_position : kPositions;
+  const int64_t fair = args.B * args.D / (4 * (threads < 1 ? 1 : threads));  // so that all threads have enough
+  const int64_t most = fair < kPositions ? fair : kPositions, fitting = kRun / per_position;
+  const int64_t asked = fitting < most ? fitting : most, length = asked < 1 ? 1 : asked;
   const Runs runs(args.B * args.D, length, threads);
   parallel(runs.tasks, threads, args.B * args.D * per_position, Run<Kind>(args, nullptr).arena.used(),
            [&](int64_t task, void* memory) {

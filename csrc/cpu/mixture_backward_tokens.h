@@ -11,29 +11,30 @@ struct TokensBackward {
   const MixtureBackwardArgs& args;
   const int64_t S, L;
   const DType dtype;
-  const int strips;  // of kChunk columns, written one after the other
+  const int columns, strips;  // strips of so many columns are written one after the other
   Rows logits;
   Tokens tokens;
   GradientWriter writer;
-  float *slope, *buffer;   // (L): A_l; (kChunk)
+  float *slope, *buffer;   // (L): A_l; (columns)
   int64_t *first, *order;  // tokens by strip: (strips + 1), (K)
 
   TokensBackward(const MixtureBackwardArgs& x, Arena& arena)
-      : args(x), S(x.S), L(x.L), dtype(x.logits.dtype), strips(static_cast<int>(ceil_div(x.S, kChunk))),
-        logits(arena, L), tokens(arena, L, x.K), writer(x, arena), slope(arena.take<float>(L)),
-        buffer(arena.take<float>(kChunk)), first(arena.take<int64_t>(strips + 1)), order(arena.take<int64_t>(x.K)) {}
+      : args(x), S(x.S), L(x.L), dtype(x.logits.dtype), columns(static_cast<int>(even_piece(S, kChunk))),
+        strips(static_cast<int>(ceil_div(S, columns))), logits(arena, L), tokens(arena, L, x.K),
+        writer(x, arena, columns), slope(arena.take<float>(L)), buffer(arena.take<float>(columns)),
+        first(arena.take<int64_t>(strips + 1)), order(arena.take<int64_t>(x.K)) {}
 
   // Positions d .. d + n of sample b, whose lines are there.
   void block(int64_t b, int64_t d, int64_t n, const KeptLines& lines) {
-    for (int64_t at = 0; at < n; ++at) position(b, d + at, at, lines);
+    writer.start();
+    for (int64_t at = 0; at < n; ++at) position(b, d + at, at, at + 1 < n, lines);
   }
 
  private:
-  int64_t row_of(int64_t b, int64_t l, int64_t d) const { return (b * L + l) * args.D + d; }
-
-  void position(int64_t b, int64_t d, int64_t at, const KeptLines& lines) {
+  // `followed`: by the next position.
+  void position(int64_t b, int64_t d, int64_t at, bool followed, const KeptLines& lines) {
     const float w = weight_at(args.weight, b * args.D + d);
-    for (int64_t l = 0; l < L && w == 0; ++l) zero_row(args.grad, dtype, row_of(b, l, d), S);
+    for (int64_t l = 0; l < L && w == 0; ++l) writer.zero(writer.place(b, l, d, followed));
     if (w == 0) return;
     logits.find(args.logits, S, b, d);
     logits.recall(lines.lse, at);
@@ -42,26 +43,32 @@ struct TokensBackward {
       tokens.find(args, b, d);
       for (int64_t l = 0; l < L; ++l) tokens.gather(l, logits.row[l], nullptr);
       tokens.weigh(args, b, w, logits.norm, slope);
-      tokens.deal(kChunk, strips, first, order);
+      tokens.deal(columns, strips, first, order);
     }
-    for (int64_t l = 0; l < L; ++l) write_row(l, row_of(b, l, d));
+    const bool more = d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0;
+    for (int64_t l = 0; l < L; ++l)
+      write_row(writer.place(b, l, d, followed), more ? soon(logits.row[l], args.logits.stride_d) : Soon{});
   }
 
-  void write_row(int64_t l, int64_t grad_row) const {
+  // `next`: what is read of the next position.
+  void write_row(const GradientWriter::Place& place, Soon next) const {
+    const int64_t l = place.l;
     const Norm norm = logits.norm[l];
     const f32 by = set(slope[l]);
     LogisticSum head{};
     for (int strip = 0; strip < strips; ++strip) {
-      const int64_t start = static_cast<int64_t>(strip) * kChunk;
-      const int n = min_int(S - start, kChunk);
-      float* piece = writer.piece(grad_row, start, writer.out);
+      const int64_t start = static_cast<int64_t>(strip) * columns;
+      const int n = min_int(S - start, columns);
+      float* piece = writer.piece(place, start);
+      const Soon ask = strip + 1 < strips ? soon(logits.row[l], start + columns) : next;
       each(read(logits.row[l], start, n, buffer), n, -kInf, DI4C_EACH(int, int i, int count, f32 v) {
+        ask(i);
         store(piece + i, count, by * exp_nonpos(v - norm.max - norm.log_sum));
       });
       if (args.K > 0) tokens.add(first[strip], first[strip + 1], order, tokens.x + l * tokens.Kp, start, piece);
-      writer.put(grad_row, logits.row[l], start, n, piece, head);
+      writer.put(place, logits.row[l], start, n, piece, head);
     }
-    writer.close(grad_row, head);
+    writer.close(place, head);
   }
 };
 

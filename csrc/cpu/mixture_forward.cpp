@@ -98,6 +98,9 @@ struct Forward {
       for (int64_t k = 0; k < args.K; ++k) work[l * args.K + k] = total[l * Kp + k];
   }
 
+  // Whether position d has one after it that is read.
+  bool goes_on(int64_t b, int64_t d) const { return d + 1 < args.D && weight_at(args.weight, b * args.D + d + 1) != 0; }
+
   // Normalisers and exponentials of the L rows of positions d .. d + n, their logits at the tokens, and the sums of
   // logits less chunk maxima.
   void read_components(int64_t b, int64_t d, int64_t n) {
@@ -114,11 +117,18 @@ struct Forward {
     for (int64_t i = 0; i < n; ++i)
       if (read_positions[i].w != 0) used[count++] = read_positions + i;
     const bool plain = !divergent && args.logits.dtype != kLogistic;
+    const int64_t far = rows_ahead(S * element_size(args.logits.dtype));
+    const int64_t onward = goes_on(b, d + n - 1) ? n * args.logits.stride_d : -1;
+    const auto after = [&](int64_t l, int64_t i) {  // what is read some rows after row l of used[i]
+      const int64_t at = l * count + i + far, row = at / count;
+      if (row < L) return soon(used[at % count]->logits.row[row], 0);
+      return onward < 0 || row >= 2 * L ? Soon{} : soon(used[at % count]->logits.row[row - L], onward);
+    };
     for (int64_t l = 0; l < L; ++l) {
       int64_t i = 0;
-      for (; plain && i + 2 <= count; i += 2) read_plain<2>(used + i, l);
-      for (; plain && i < count; ++i) read_plain<1>(used + i, l);
-      for (; i < count; ++i) read_row(*used[i], l, distils(b));
+      for (; plain && i + 2 <= count; i += 2) read_plain<2>(used + i, l, {after(l, i), after(l, i + 1)});
+      for (; plain && i < count; ++i) read_plain<1>(used + i, l, {after(l, i)});
+      for (; i < count; ++i) read_row(*used[i], l, after(l, i), distils(b));
     }
     for (int64_t i = 0; i < n; ++i) {
       const Position& p = read_positions[i];
@@ -131,13 +141,13 @@ struct Forward {
 
   // Row l of N positions, of which nothing but normaliser and tokens is wanted.
   template <int N>
-  void read_plain(const Position* const* positions, int64_t l) {
+  void read_plain(const Position* const* positions, int64_t l, const Soon (&next)[N]) {
     const Row* rows_l[N];
     float* buffers[N];
     RowSum found[N];
-    const float* floats[N];
+    const float* floats[N] = {};
     for (int r = 0; r < N; ++r) rows_l[r] = positions[r]->logits.row + l, buffers[r] = buffer + r * kChunk;
-    sum_rows<N>(rows_l, buffers, found, floats);
+    sum_rows<N>(rows_l, buffers, next, found, floats);
     for (int r = 0; r < N; ++r) {
       const Position& p = *positions[r];
       if (args.K > 0) p.tokens.gather(l, *rows_l[r], chunks == 1 ? floats[r] : nullptr);
@@ -146,11 +156,11 @@ struct Forward {
     }
   }
 
-  void read_row(const Position& p, int64_t l, bool centre) {
+  void read_row(const Position& p, int64_t l, Soon next, bool centre) {
     const Row row = computed(p.logits.row[l], room);
     const float* floats = nullptr;  // the whole row where one chunk is all
     const RowSum found = sum_row(row, buffer, table && divergent ? p.e + l * stride : nullptr,
-                                 p.chunk_max + l * chunks, [&](int64_t start, int n, const float* x, float m) {
+                                 p.chunk_max + l * chunks, next, [&](int64_t start, int n, const float* x, float m) {
       if (chunks == 1) floats = x;
       if (!centre) return;
       const f32 shift = set(m == -kInf ? 0.0f : m);
@@ -171,13 +181,14 @@ struct Forward {
     for (int64_t i = 0; i < teacher.count; ++i) teacher.norm[i] = {};
     for (int64_t i = 0; i < target.count; ++i) target.norm[i] = {};
     if (here->w == 0) return;
+    const bool more = goes_on(b, d);
     if (args.teacher.data) {
       teacher.find(args.teacher, S, b, d);
-      mean_probabilities(teacher, S, buffer, one, t);
+      mean_probabilities(teacher, S, more ? args.teacher.stride_d : -1, buffer, one, t);
     }
     if (aims(b)) {
       target.find(args.target, S, b, d);
-      mean_probabilities(target, S, buffer, one, g);
+      mean_probabilities(target, S, more ? args.target.stride_d : -1, buffer, one, g);
     }
     if (args.K > 0) add_tokens(here->w);
     if (divergent) add_divergences(b);
@@ -256,8 +267,11 @@ struct Forward {
     for (int64_t l = 0; l < L; ++l) {
       const Norm norm = here->logits.norm[l];
       float* to = here->e + l * stride;
-      each(read(here->logits.row[l], start, n, buffer), n, -kInf,
-           DI4C_EACH(int, int i, int, f32 v) { store(to + i, exp_nonpos(v - norm.max - norm.log_sum)); });
+      const Soon ask = here->logits.ahead(l, start, n, start + n < S ? start + n : -1);
+      each(read(here->logits.row[l], start, n, buffer), n, -kInf, DI4C_EACH(int, int i, int, f32 v) {
+        ask(i);
+        store(to + i, exp_nonpos(v - norm.max - norm.log_sum));
+      });
     }
     static const float kOne = 1.0f;
     return {here->e, &kOne, 0};

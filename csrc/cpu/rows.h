@@ -60,6 +60,27 @@ static inline const float* read(const Row& row, int64_t start, int n, float* buf
   return buffer;
 }
 
+// What is read some time from now. Its lines are asked for one by one among the arithmetic that goes before: all asked
+// for at once, they wait for each other and the arithmetic for them.
+struct Soon {
+  static constexpr char kNothing[64] = {};
+  uintptr_t address = reinterpret_cast<uintptr_t>(kNothing);
+  int size = 0;  // bytes of an element
+
+  // Asks for the line in which a vector that begins with element i ends.
+  void operator()(int64_t i) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<uintptr_t>((i + W - 1) * size)));
+  }
+};
+
+static inline int element_size(DType dtype) { return dtype == kLogistic ? 0 : dtype == kFloat32 ? 4 : 2; }
+
+// A row from element `start` on, or what lies there in memory.
+static inline Soon soon(const Row& row, int64_t start) {
+  const int size = element_size(row.dtype);
+  return {reinterpret_cast<uintptr_t>(row.data) + static_cast<uintptr_t>(start * size), size};
+}
+
 static inline float read_one(const Row& row, int64_t i) {
   if (row.dtype == kFloat32) return static_cast<const float*>(row.data)[i];
   float buffer[W];
@@ -173,11 +194,20 @@ static inline float read_max(const Row& row, int64_t start, int n, float* buffer
   return max_block(m);
 }
 
+struct AskNothing {
+  void operator()(int64_t) const {}
+};
+
 // sum exp(x - m), NaN where any x is. With m = -inf (every x is -inf, or NaN passed the maximum by) it is 0 or NaN.
-static inline float sum_exp(const float* x, int n, float m) {
+// `ask`: see Soon.
+template <typename Ask = AskNothing>
+static inline float sum_exp(const float* x, int n, float m, Ask ask = {}) {
   const f32 shift = set(m == -kInf ? 0.0f : m);
   f32 s[U] = {};
-  each(x, n, -kInf, DI4C_EACH(int u, int, int, f32 v) { s[u] += exp_nonpos(v - shift); });
+  each(x, n, -kInf, DI4C_EACH(int u, int i, int, f32 v) {
+    ask(i);
+    s[u] += exp_nonpos(v - shift);
+  });
   return sum_block(s);
 }
 
