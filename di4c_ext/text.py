@@ -124,8 +124,8 @@ class Blocks:
         """The error of a side without a block."""
         return ValueError(
             f"--dataset_name {self.name!r}: the {self.side} side has not one block of {self.length} tokens; give "
-            f"more text, shorter blocks, or another --heldout_fraction (now {self.heldout_fraction:g}). Whole documents "
-            "go to either side; --separator parts a .txt file into several, '\\n\\n' at its blank lines"
+            f"more text, shorter blocks, or another --heldout_fraction (now {self.heldout_fraction:g}). Whole "
+            "documents go to either side; --separator parts a .txt file into several, '\\n\\n' at its blank lines"
         )
 
 

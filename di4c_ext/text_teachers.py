@@ -92,9 +92,7 @@ def open_text_teacher(
     source, revision = named.source, named.revision
     wanted = None if named.second_round else False
     if revision is not None and Path(source).exists():
-        raise ValueError(
-            f"--teacher_revision {revision}: is of a repository of the hub, {source} is here; leave it"
-        )
+        raise ValueError(f"--teacher_revision {revision}: is of a repository of the hub, {source} is here; leave it")
     if _is_ours(source):
         model = load_model(source, is_student=wanted, trust_remote_code=consent)
         if modality_of(model.config) != "text":

@@ -124,7 +124,7 @@ def measure(scale: Scale, output: Path, measured: Measured) -> Measured:
 
 
 def _more(output: Path, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterator[dict[str, Any]]:
-    """Rows of the models of a run, by name, temperature and numbers of steps; the first round's samples are kept."""
+    """Rows of the models of a run, by name, temperature and numbers of steps."""
     if not todo:
         return
     from dataclasses import replace
@@ -148,23 +148,23 @@ def _more(output: Path, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Ite
     for name, temperature, steps in todo:
         asked = replace(args, eval_num_steps=list(steps))
         sampling = SamplingArguments(temperature=temperature)
-        for row, samples in compare({name: models[name]}, judge, asked, 64, sampling, task.drawing):
-            if name == "student":
-                stem = output / "samples" / f"first-{row['num_steps']:03d}steps"
-                task.save_samples(samples, models[name].config, stem)
+        for row, _ in compare({name: models[name]}, judge, asked, 0, sampling, task.drawing):
             yield {**row, "temperature": temperature}
 
 
 def _samples(scale: Scale, output: Path) -> dict[str, dict[str, list[str]]]:
-    """The first samples that lie in a run's folder, by model and number of steps."""
-    stems = {"teacher": "teacher", "student": "first", "second": "student"}
-    return {
-        model: {
-            str(n): (output / "samples" / f"{stem}-{n:03d}steps.txt").read_text(encoding="utf-8").split("\n\n")[:SHOWN]
-            for n in scale.steps
-        }
-        for model, stem in stems.items()
-    }
+    """The first samples that the figures stand on, drawn again: by model and number of steps."""
+    from di4c_ext.generate import generate, open_model
+    from di4c_ext.text_sources import cutter_of
+
+    folders = {"teacher": output / "teacher", "student": output / "stages" / "di4c", "second": output}
+    cutter = cutter_of(output)
+    found: dict[str, dict[str, list[str]]] = {}
+    for model, folder in folders.items():
+        opened = open_model(folder)
+        drawn = {n: generate(opened, n, SHOWN, seed=0).tolist() for n in scale.steps}
+        found[model] = {str(n): [cutter.decode(row) for row in rows] for n, rows in drawn.items()}
+    return found
 
 
 def line(measured: Measured, model: str, num_steps: int) -> list[Point]:

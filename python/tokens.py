@@ -100,13 +100,16 @@ def report(scale: Scale, seeds: Seeds, runs: Path) -> str:
 
 
 def _trainings(seeds: Seeds, runs: Path) -> list[str]:
-    """What the networks took that serve several runs, so that one may find them ready."""
+    """What every training took, which a run that goes on with another may find done."""
     from di4c_ext.callbacks import read_metrics
 
-    files = {"VQ model": runs / "vq" / "metrics.jsonl"}
-    files |= {f"teacher of seed {seed}": runs / f"seed-{seed}" / "teacher" / "metrics.jsonl" for seed in seeds}
-    took = {name: lines[-1]["seconds"] / 60 for name, file in files.items() if (lines := read_metrics(file))}
-    told = ", ".join(f"{name} {minutes:.1f}" for name, minutes in took.items())
+    found = {"VQ model": read_metrics(runs / "vq" / "metrics.jsonl")}
+    for seed in seeds:
+        folder = runs / f"seed-{seed}"
+        found[f"teacher of seed {seed}"] = read_metrics(folder / "teacher" / "metrics.jsonl")
+        lines = read_metrics(folder / "metrics.jsonl")
+        found[f"student of seed {seed}"] = [line for line in lines if line["phase"] == "student"]
+    told = ", ".join(f"{name} {lines[-1]['seconds'] / 60:.1f}" for name, lines in found.items() if lines)
     return ["", f"Minutes of training, in this run or an earlier one: {told}."] if told else []
 
 
@@ -119,7 +122,7 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
     """Class grids of teacher and student beside the two curves; `samples` is a run's folder of PNGs."""
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(15, 1.4 * len(scale.shown)), layout="constrained")
+    figure = plt.figure(figsize=(13, 1.4 * len(scale.shown)), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=(2.2, 1.0))
     _class_grids(panels[0], samples, scale.shown)
     recipes.curves(panels[1].subplots(), seeds, MODELS, scale.steps, recipes.ticks(seeds, MODELS, scale.steps))

@@ -190,5 +190,5 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     results = tmp_path / "results"
     assert sorted(file.name for file in results.iterdir()) == ["tokens.json", "tokens.md", "tokens.png"]
     assert "8 samples for each figure" in (results / "tokens.md").read_text()
-    assert plt.imread(results / "tokens.png").shape[:2] == (770, 1650)
+    assert plt.imread(results / "tokens.png").shape[:2] == (770, 1430)
     assert (tmp_path / "runs" / "vq" / "samples" / "reconstructions.png").is_file()

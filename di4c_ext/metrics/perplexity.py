@@ -90,12 +90,12 @@ def open_causal_lm(name: str | Path, dtype: Dtype = "float32") -> CausalLM:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **told)
         weights = {} if told else {"use_safetensors": True}
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **told, **weights)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **told, **weights)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--eval_causal_lm {str(name)!r}: no causal language model that opens ({reason})") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return CausalLM(str(name), model.eval().requires_grad_(False).to(device), tokenizer)
+    return CausalLM(str(name), model.eval().requires_grad_(False).to(device, getattr(torch, dtype)), tokenizer)
 
 
 def generative_perplexity(

@@ -15,8 +15,8 @@ def refuse(where: str, what: str) -> ValueError:
     """The error for code that nobody agreed to run."""
     return ValueError(
         f"{where}: this {what} is made of code of its own, which would run on this machine; "
-        "read that code, and if you trust it give trust_remote_code=True, to a command --trust_remote_code true (to one "
-        "that resumes a run again)"
+        "read that code, and if you trust it give trust_remote_code=True, to a command --trust_remote_code true (again "
+        "to one that resumes a run)"
     )
 
 

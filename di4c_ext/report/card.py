@@ -120,7 +120,7 @@ def _judges(facts: Facts) -> str:
         )
     )
     return (
-        f"{first}The n-gram model is one of four training tokens, interpolated as Witten and Bell do. Entropies are in "
+        f"{first}The n-grams are of up to four training tokens, interpolated as Witten and Bell do. Entropies are in "
         "nats; that of a sample's own tokens hangs on its length. Lower perplexity is better at the same entropy only, "
         f"and all figures hang on the number of samples: real text stands beside them, as many of the "
         f"{facts.results['sizes']['heldout']:,} held-out sequences, at most all."

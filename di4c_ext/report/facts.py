@@ -22,11 +22,11 @@ FIGURES = {
     "position_entropy": ("Entropy per position", "nats"),
     "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
     "perplexity": ("Generative perplexity", ""),
-    "ngram_perplexity": ("Perplexity by an n-gram model of the training text", ""),
+    "ngram_perplexity": ("Perplexity by the training text's n-grams", ""),
     "entropy": ("Entropy of a sample's own tokens", "nats"),
     "pooled_entropy": ("Entropy of the tokens of all samples", "nats"),
     "distinct_2": ("Share of different pairs of tokens", ""),
-    "self_bleu": ("Self-BLEU: BLEU-4 of a sample against the others", ""),
+    "self_bleu": ("Self-BLEU, of a sample against the others", ""),
 }
 LOWER_IS_BETTER = ("frechet_features", "frechet_pixels", "perplexity", "ngram_perplexity")  # what headlines speak of
 MODELS = ("teacher", "student", "hybrid", "guided")  # in the order of tables

@@ -171,9 +171,10 @@ def _doubling(facts: Facts) -> str:
         rows += f'<td class="{mark}">{wins} of {len(facts.seeds)}</td></tr>'
     if not rows:
         return ""
+    unlike = " Their entropies differ, which a perplexity hangs on." if facts.example == "sequence" else ""
     return (
         "<h3>Half the steps</h3>"
-        "<p>The student after k steps beside its teacher after k and after 2k; means over seeds.</p>"
+        f"<p>The student after k steps beside its teacher after k and after 2k; means over seeds.{unlike}</p>"
         "<table><thead><tr><th>k</th><th>student at k</th><th>teacher at k</th>"
         "<th>teacher at 2k</th><th>seeds where student at k is no worse</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
