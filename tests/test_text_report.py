@@ -85,7 +85,10 @@ def test_perplexity_stands_beside_entropy_everywhere() -> None:
     assert "entropy 3.20, the teacher's 3.30" in page  # on the cards
     assert 'aria-label="perplexity against entropy"' in page and "may only be duller" in page
     assert doubling(facts) == [(4, 190.0, 200.0, 1)]
-    assert headline(_facts(TEACHER)) == "At no number of steps the student's text is the less perplexing"
+    assert (
+        headline(_facts(TEACHER))
+        == "At no number of steps the student's text is clearly less perplexing than its teacher's"
+    )
     drawing = charts.frontier([("teacher", 2, 3.0, 90.0), ("student", 2, 3.1, 80.0)], (3.5, 40.0))
     assert "var(--teacher)" in drawing and "real text" in drawing and "hybrid" not in drawing
 

@@ -36,6 +36,7 @@ DIFFUSIONS = {
     "gaussian": "discretised Gaussian",
     "uniform": "uniform",
 }  # by --process
+CLEARLY = 0.05  # share of a perplexity below which a gain is not spoken of: that of a few hundred samples scatters so
 MATTERS = 0.1  # nats an image below which the latents are called unused
 
 
@@ -196,8 +197,8 @@ def _text_headline(facts: Facts) -> str:
     figure = facts.main_figure
     n = max(facts.steps, key=lambda n: facts.mean("teacher", n, figure) / facts.mean("student", n, figure))
     student, teacher = (facts.mean(model, n, figure) for model in ("student", "teacher"))
-    if teacher <= student:
-        return "At no number of steps the student's text is the less perplexing"
+    if student > (1 - CLEARLY) * teacher:
+        return "At no number of steps the student's text is clearly less perplexing than its teacher's"
     varied = ", ".join(number(facts.mean(model, n, "entropy")) for model in ("student", "teacher"))
     return (
         f"In {plural(n, 'step')} the student's text has a perplexity of {number(student)}, its teacher's "
