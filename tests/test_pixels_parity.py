@@ -202,7 +202,7 @@ def test_the_whole_objective_from_the_published_draws(published, networks, monke
     """Called as in training: which network sees what, at which time, with which latents and which gradient."""
     (teacher, student), d = networks, published["draws_and_terms"]
     process = Scripted(d)
-    monkeypatch.setattr(ops, "sample_categorical", lambda logits, keys: d["x_0"])
+    monkeypatch.setattr(ops, "sample_categorical", lambda logits, keys, **_: d["x_0"])
     monkeypatch.setattr(Di4CObjective, "draw_row_times", lambda self, keys: d["mints"].double().view(B, L))
     student.zero_grad()
     parts = Di4CObjective.preset("pixels", **SMALL, latent_micro_batch=micro_batch)(

@@ -87,7 +87,7 @@ def test_the_whole_objective_from_the_published_draws(published, monkeypatch, mi
                 assert torch.equal(x, f["code_"].view(B, L, D)[:, which])
             return (at_x_u if x.ndim == 3 else at_x_t)[:, which]
 
-    monkeypatch.setattr(ops, "sample_categorical", lambda logits, keys: f["x_0"])
+    monkeypatch.setattr(ops, "sample_categorical", lambda logits, keys, **_: f["x_0"])
     process = Scripted(f)
     parts = Di4CObjective.preset("tokens", **FIXTURE, latent_micro_batch=micro_batch)(
         Network(),

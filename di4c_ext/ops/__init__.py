@@ -19,7 +19,6 @@ from di4c_ext.ops.mixture import mixture_kl, mixture_log_prob, mixture_objective
 from di4c_ext.ops.product import sample_product
 from di4c_ext.ops.reference import MixtureObjective
 from di4c_ext.ops.reveal import reveal
-from di4c_ext.ops.truncation import nucleus
 
 __all__ = [
     "Hidden",
@@ -39,7 +38,6 @@ __all__ = [
     "mixture_objective",
     "mixture_objective_from_hidden",
     "native",
-    "nucleus",
     "random_bits",
     "reference",
     "reveal",

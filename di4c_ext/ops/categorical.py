@@ -39,8 +39,8 @@ def sample_categorical(
         draws: None for one draw per row, or n >= 0 draws per row.
         stream: number in [0, 2^31 - 1) that tells apart the uses of one key.
         temperature: >= 0; 0 takes the largest logit, the smallest index on ties, with log-probability 0.
-        top_p: in (0, 1], below 1 the draw is from each row's nucleus (`ops.nucleus`) alone; rows are sorted for it, a
-            few at a time.
+        top_p: in (0, 1], below 1 the draw is from each row's nucleus (`truncation.nucleus`) alone; rows are sorted for
+            it, a few at a time.
         return_log_prob: also return the log-probability of each token drawn.
         first_position: >= 0, the position of the first row: a piece of a sample draws what the whole would there.
 

@@ -45,7 +45,7 @@ def check_top_p(op: str, value: float) -> None:
     """ValueError or TypeError unless a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{op}: top_p must be a number in (0, 1] (1 keeps every class), got {value!r}")
-    if not (0.0 < value <= 1.0) or math.isnan(value):
+    if not 0.0 < value <= 1.0:  # NaN is in no range
         raise ValueError(f"{op}: top_p must lie in (0, 1] (1 keeps every class), got {value!r}")
 
 

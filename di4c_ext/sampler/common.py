@@ -11,7 +11,8 @@ from torch import Tensor
 
 from di4c_ext import random
 from di4c_ext.denoiser import Denoiser
-from di4c_ext.ops import Logits, nucleus
+from di4c_ext.ops import Logits
+from di4c_ext.ops.truncation import nucleus
 from di4c_ext.process import Process, rows
 from di4c_ext.sampler.guidance import GuidedLogits
 
