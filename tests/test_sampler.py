@@ -10,7 +10,7 @@ from tiny import ExactTeacher, TableStudent, chi_square_z, counts, finite_latent
 from torch import nn
 
 from di4c_ext import random
-from di4c_ext.ops import nucleus
+from di4c_ext.ops.truncation import nucleus
 from di4c_ext.process import SCHEDULES, AbsorbingProcess, ConfidenceProcess
 from di4c_ext.sampler import analytic_times, sample_analytic, sample_ancestral, times
 
