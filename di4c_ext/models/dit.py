@@ -10,7 +10,8 @@ logit of a clean position says nothing, and with `positions` or `return_hidden` 
 
 A student takes its latent as one more token, as published, which from the start is something to attend to: a new
 student differs from its teacher. Or added before each block through layers that start at zero, which makes it equal to
-its teacher bit for bit.
+its teacher bit for bit. Or as the path of a hidden Markov chain over the positions (`models.chain`), which is read from
+the last layer's states: then the network runs once for any number of latents, and the likelihood of a step is exact.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from di4c_ext.models.base import MixtureDenoiser
+from di4c_ext.models.base import MixtureDenoiser, role
+from di4c_ext.models.chain import Chain
 from di4c_ext.models.dit_blocks import Block, Head, LayerNorm, NoiseEmbedding, Rotary, TokenEmbedding, turned
-from di4c_ext.models.dit_config import DiTConfig
+from di4c_ext.models.dit_config import DiTConfig, LatentForm
 from di4c_ext.models.latent import LatentLaw
-from di4c_ext.models.token_config import LatentForm
 from di4c_ext.models.unet_blocks import ZeroLinear, sinusoid, spread, wide
 from di4c_ext.ops import Hidden
 from di4c_ext.process.schedules import schedule
@@ -52,7 +53,9 @@ class DiT(nn.Module):
             for _ in range(config.num_layers)
         )
         self.output_layer = Head(width, config.vocab_size, config.cond_dim)
-        if config.is_student:
+        if config.is_student and config.latent_form == "chain":
+            self.latent_chain = Chain(width, config.latent_states, inner)
+        elif config.is_student:
             layers: list[nn.Module] = [nn.Linear(config.latent_dim * config.latent_embed_dim, inner), nn.GELU()]
             if config.latent_form == "token":
                 layers.append(nn.Linear(inner, width))
@@ -62,6 +65,15 @@ class DiT(nn.Module):
 
     def forward(self, ids: Tensor, sigma: Tensor, latents: Tensor | None, positions: Tensor | None) -> Tensor:
         config, length = self.config, ids.shape[1]
+        if latents is not None and config.latent_form == "chain":
+            h = self(ids, sigma, None, None)
+            z = self.latent_chain.path(h, latents[:, :length].unflatten(0, (len(ids), -1)))
+            if positions is not None:
+                at = positions.unflatten(0, (len(ids), -1))
+                z = z.gather(2, at)
+                h = h.gather(1, at[:, 0, :, None].expand(-1, -1, h.shape[-1]))
+            chosen: Tensor = self.latent_chain.chosen(h, z)
+            return chosen.flatten(0, 1)
         rows = len(ids) if latents is None else len(latents)
         # One row where time is no input: the adaLN layers then say the same to every row, and say it once.
         condition = self.sigma_map(sigma)
@@ -106,7 +118,8 @@ class DiTDenoiser(MixtureDenoiser):
     functools.partial.
 
     Teacher: x_t (..., D) -> (..., D, S), or P in place of D; latents given to it are ignored.
-    Student: latents (B, C) -> (B, D, S); latents (B, L, C) with x_t (B, D) or (B, L, D) -> (B, L, D, S).
+    Student: latents (B, C) -> (B, D, S); latents (B, L, C) with x_t (B, D) or (B, L, D) -> (B, L, D, S). Student whose
+    latent is a chain, given x_s in place of latents: see `log_prob`.
 
     S leaves out the mask where it is the last id, as published; elsewhere its logit is -1e6. Under autocast logits and
     hidden states come in its precision, as published. `activation_checkpointing_enable()` keeps the inputs of the
@@ -115,7 +128,7 @@ class DiTDenoiser(MixtureDenoiser):
 
     config_class = DiTConfig
     config: DiTConfig
-    latent_names = ("latent_projection.", "latent_in.")
+    latent_names = ("latent_projection.", "latent_in.", "latent_chain.")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (as transformers has it)
 
@@ -138,9 +151,12 @@ class DiTDenoiser(MixtureDenoiser):
         *,
         positions: Tensor | None = None,
         return_hidden: bool | None = None,
+        x_s: Tensor | None = None,
     ) -> Tensor | Hidden:
         config = self.config
         self._check(x_t, positions)
+        if x_s is not None:
+            return self.log_prob(x_t, t, x_s)
         if config.is_student:
             latents = self.checked_latents(latents, x_t)
             lead = latents.shape[:-1]
@@ -152,6 +168,23 @@ class DiTDenoiser(MixtureDenoiser):
         states = self.backbone(x_t.flatten(0, -2), self._sigma(x_t, t), latents, positions)
         hidden = self._hidden(states.unflatten(0, lead))
         return hidden if (config.hidden_logits if return_hidden is None else return_hidden) else hidden.logits()
+
+    def log_prob(self, x_t: Tensor, t: Tensor | None, x_s: Tensor) -> Tensor:
+        """log p of the tokens that x_s (B, D) knows and x_t (B, D) does not, exactly: (B,) nats, of a chain's student.
+
+        The mean over latents is taken by the chain's forward recursion. To know how many tokens these are, the host
+        waits for the device. Raises ValueError for a student of another form, whose mixture has no such sum.
+        """
+        config = self.config
+        if not config.has_chain or x_s.shape != x_t.shape or x_t.ndim != 2:
+            raise ValueError(
+                "DiTDenoiser: x_s is for a student with latent_form 'chain', beside x_t of its shape (B, D); got "
+                f"{config.latent_form!r} of a {role(config.is_student)}, x_t {tuple(x_t.shape)}, x_s {tuple(x_s.shape)}"
+            )
+        h = self.backbone(x_t, self._sigma(x_t, t), None, None)
+        place: Any = ((x_t == config.mask_id) & (x_s != config.mask_id)).nonzero(as_tuple=True)
+        found: Tensor = self.backbone.latent_chain.log_prob(h, x_s[place], place, self._hidden(h))
+        return found
 
     def _sigma(self, x_t: Tensor, t: Tensor | None) -> Tensor:
         """The noise level -log alpha(t) shown to the network, (B,) float64, or 0, (1,), where it is to see none."""
@@ -194,18 +227,19 @@ class DiTDenoiser(MixtureDenoiser):
         teacher: str | os.PathLike[str] | DiTDenoiser,
         *,
         latent_form: LatentForm = "token",
-        latent_dim: int = 1,
+        latent_dim: int | None = None,
         latent_law: LatentLaw = "uniform",
         latent_scale: float = 1000.0,
         latent_hidden_size: int = 512,
         latent_gate: float = 1.0,
         latent_rotary: bool = False,
+        latent_states: int = 32,
         dropout: float | None = None,
     ) -> DiTDenoiser:
         """A student with the teacher's weights; the teacher is copied.
 
-        latent_form 'added' makes it equal to the teacher bit for bit, whatever the latents; 'token', as published, does
-        not. dropout: None keeps the teacher's. The latent's other settings are explained in `DiTConfig`.
+        latent_form 'added' makes it equal to the teacher bit for bit, whatever the latents; 'token', as published, and
+        'chain' do not. dropout: None keeps the teacher's. The latent's other settings are explained in `DiTConfig`.
         """
         told: dict[str, Any] = {
             "latent_form": latent_form,
@@ -215,5 +249,6 @@ class DiTDenoiser(MixtureDenoiser):
             "latent_hidden_size": latent_hidden_size,
             "latent_gate": latent_gate,
             "latent_rotary": latent_rotary,
+            "latent_states": latent_states,
         }
         return cls.student_of(teacher, told | ({} if dropout is None else {"dropout": dropout}))

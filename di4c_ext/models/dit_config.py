@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from di4c_ext.models import config_checks
 from di4c_ext.models.latent import LatentLaw
-from di4c_ext.models.token_config import LatentForm
 from di4c_ext.process.schedules import SCHEDULES
+
+LatentForm = Literal["token", "added", "chain"]
 
 _COUNTS = (
     *("hidden_size", "num_layers", "num_heads", "cond_dim", "mlp_ratio", "length"),
-    *("latent_dim", "latent_embed_dim", "latent_hidden_size"),
+    *("latent_dim", "latent_embed_dim", "latent_hidden_size", "latent_states"),
 )
 
 # The published sizes; what is not named is alike in all three.
@@ -41,8 +42,9 @@ class DiTConfig(PreTrainedConfig):
     schedule            masking schedule it was trained for; by it t becomes a noise level, where that is shown
     is_student          True: a mixture student, which wants latents
     latent_form         how the latent enters: 'token', one more token in the sequence, as published; 'added', before
-                        each block through projections that start at zero, so that a new student equals its teacher
-    latent_dim          C, numbers in a latent; 1 for 'token'
+                        each block through projections that start at zero, so that a new student equals its teacher;
+                        'chain', by hidden states that follow one another from position to position (`models.chain`)
+    latent_dim          C, numbers in a latent; 1 for 'token', one a position for 'chain', None for either
     latent_law          law of each of them, 'uniform' on [0, 1] or 'normal'; for `draw_latents(..., law=)`
     latent_scale        what a latent is multiplied by before it is shown as sines and cosines
     latent_embed_dim    sines and cosines by which each number of a latent is shown, even
@@ -51,6 +53,7 @@ class DiTConfig(PreTrainedConfig):
     latent_rotary       'added': what the latent adds is turned by each position's angles, as queries and keys are.
                         Positions are told to this network by nothing else, so where all are masked they are all alike,
                         and a latent that adds the same to each can only make them alike in another way
+    latent_states       'chain': R, hidden states of a position
     hidden_logits       give `ops.Hidden`, hidden states and head, in place of logits: the losses and the samplers then
                         make logits of masked positions alone, a few at a time
     """
@@ -72,13 +75,14 @@ class DiTConfig(PreTrainedConfig):
         schedule: str = "log_linear",
         is_student: bool = False,
         latent_form: LatentForm = "token",
-        latent_dim: int = 1,
+        latent_dim: int | None = None,
         latent_law: LatentLaw = "uniform",
         latent_scale: float = 1000.0,
         latent_embed_dim: int = 128,
         latent_hidden_size: int = 512,
         latent_gate: float = 1.0,
         latent_rotary: bool = False,
+        latent_states: int = 32,
         hidden_logits: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -95,13 +99,14 @@ class DiTConfig(PreTrainedConfig):
         self.schedule = schedule
         self.is_student = is_student
         self.latent_form = latent_form
-        self.latent_dim = latent_dim
+        self.latent_dim = (length if latent_form == "chain" else 1) if latent_dim is None else latent_dim
         self.latent_law = latent_law
         self.latent_scale = latent_scale
         self.latent_embed_dim = latent_embed_dim
         self.latent_hidden_size = latent_hidden_size
         self.latent_gate = latent_gate
         self.latent_rotary = latent_rotary
+        self.latent_states = latent_states
         self.hidden_logits = hidden_logits
         super().__init__(**kwargs)
         self._check()
@@ -110,6 +115,11 @@ class DiTConfig(PreTrainedConfig):
     def num_states(self) -> int:
         """S, columns of the logits: the tokens. A mask that is not the last id keeps a column, which says never."""
         return self.vocab_size - (self.mask_id == self.vocab_size - 1)
+
+    @property
+    def has_chain(self) -> bool:
+        """Whether this is of a student whose latent is a chain: `DiTDenoiser.log_prob` knows its likelihoods."""
+        return self.is_student and self.latent_form == "chain"
 
     def check_ids(self, ids: Tensor, name: str = "x_t") -> None:
         """Raises ValueError naming the first id that is neither a token nor the mask. Waits for a GPU's answer."""
@@ -160,4 +170,9 @@ class DiTConfig(PreTrainedConfig):
             raise ValueError(
                 "DiTConfig: latent_rotary turns what a latent adds to positions, got latent_form "
                 f"{self.latent_form!r}; set latent_form 'added', or leave it out"
+            )
+        if self.latent_form == "chain" and (self.latent_dim != self.length or self.latent_law != "uniform"):
+            raise ValueError(
+                "DiTConfig: a chain's latent is one uniform number to each position, got latent_dim "
+                f"{self.latent_dim} for length {self.length} and latent_law {self.latent_law!r}; leave both out"
             )
