@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from di4c_ext.arguments import as_dict
 from di4c_ext.batches import Share
+from di4c_ext.few_step import FewStepObjective
 from di4c_ext.loss import Di4CObjective
 from di4c_ext.non_finite import POLICIES
 
@@ -176,7 +177,16 @@ class DistillConfig(KeyedConfig):
     latent_micro_batch: int | None = field(
         default=None, metadata={"help": "latents whose activations live at once; default: all. Less memory, more time"}
     )
-
+    few_step_counts: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "latent_form chain: numbers of sampling steps by whose likelihood the student is trained, e.g. 4 8 "
+            "16, in place of the objective that draws latents; window and its share act as there"
+        },
+    )
+    consistency_share: float = field(
+        default=0.0, metadata={"help": "few_step_counts: share of the samples made by the teacher and the student"}
+    )
     latent_processes: int = field(
         default=1,
         metadata={"help": "processes that share the latents of their samples, so that L can grow; 1: none do"},
@@ -196,8 +206,16 @@ class DistillConfig(KeyedConfig):
         self.objective()
         super().__post_init__()
 
-    def objective(self) -> Di4CObjective:
+    def objective(self) -> Di4CObjective | FewStepObjective:
         """The loss with these settings; raises ValueError for those it cannot have."""
+        if self.few_step_counts is not None:
+            return FewStepObjective(
+                num_steps=tuple(self.few_step_counts),
+                consistency_share=self.consistency_share,
+                window=self.window,
+                window_share=self.window_share,
+                distillation=self.distillation_weight,
+            )
         return Di4CObjective(
             num_latents=self.num_latents,
             num_targets=self.num_targets,
