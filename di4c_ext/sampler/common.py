@@ -30,8 +30,12 @@ def as_grid(op: str, times: Tensor | Sequence[float], *, least: int, to_zero: bo
     if len(grid) < least or not falling or grid[-1] < 0 or (grid[-1] == 0 and not to_zero):
         end = "to at least 0" if to_zero else "and end above 0"
         number = {1: "one of them or more", 2: "two of them or more"}[least]
-        raise ValueError(f"{op}: times must fall strictly from at most 1 {end}, {number}, got {grid}")
+        raise ValueError(f"{op}: times must fall strictly from at most 1 {end}, {number}, got {_shown(grid)}")
     return grid
+
+
+def _shown(grid: list[float]) -> str:
+    return str(grid) if len(grid) <= 8 else f"{str(grid[:8])[:-1]}, ...] ({len(grid)} of them)"
 
 
 def evaluation_keys(keys: Tensor, i: int, uses: int = 2) -> Tensor:
