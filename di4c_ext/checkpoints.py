@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from di4c_ext import engine, manifest
 
@@ -127,11 +127,16 @@ def keep_copy(files: Iterable[Path], folder: Path) -> None:
 
 def keep_state(model: nn.Module, file: Path) -> None:
     """The module's tensors as one safetensors file of the cache; only warns where that cannot be written."""
+    keep_tensors(model.state_dict(), file)
+
+
+def keep_tensors(tensors: dict[str, Tensor], file: Path, told: dict[str, str] | None = None) -> None:
+    """Tensors, and what is `told` of them, as one safetensors file of the cache; only warns like `keep_state`."""
     from safetensors.torch import save_file
 
     try:
         with whole_file(file) as staging:
-            save_file(model.state_dict(), staging)
+            save_file(tensors, staging, told)
     except OSError as error:
         _cache_warning(error)
 

@@ -16,6 +16,7 @@ from di4c_ext.arguments import DataArguments, UsageError
 from di4c_ext.augment import MIRROR, augment_images, flip_images
 from di4c_ext.codes import VQ_FOLDER, Decoder, check_images, classes_like, codes_of, open_vq, vq_beside
 from di4c_ext.config import PretrainConfig
+from di4c_ext.evaluation.latents import LATENT_EXAMPLES
 from di4c_ext.lazy_rows import LazyRows
 from di4c_ext.metrics.judge import Judge
 from di4c_ext.models import VQModel
@@ -23,6 +24,7 @@ from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.names import check_names
 from di4c_ext.process import Process
 from di4c_ext.systems import layout_of, num_classes_of, process_of
+from di4c_ext.task import Measuring
 from di4c_ext.teachers import bounds, bounds_name, cached_teacher, load_teacher, network_of, new_teacher, num_measured
 from di4c_ext.vq import save_vq
 
@@ -38,12 +40,14 @@ class ImageTask:
     """Images as the process's network takes them, and the pixels behind them; see `task.Task`.
 
     kept: folder of a run that is gone on with; its VQ model stands in for the one the arguments name.
+    trust_remote_code: consent to run the code of a feature extractor.
     """
 
     unit = "image"
     digits = 1
 
-    def __init__(self, images: DataArguments, kept: Path | None = None) -> None:
+    def __init__(self, images: DataArguments, kept: Path | None = None, trust_remote_code: bool = False) -> None:
+        self.trust_remote_code = trust_remote_code
         self.process: Mapping[str, Any] = images.process_settings()
         self.network = network_of(self.process)
         own = None if kept is None else kept / VQ_FOLDER
@@ -101,7 +105,7 @@ class ImageTask:
         }
 
     def open_judge(self, args: EvaluationArguments) -> Judge:
-        return open_judge(*self.pictures, args)
+        return open_judge(*self.pictures, args, self.trust_remote_code)
 
     def about(self, judge: Any) -> dict[str, Any]:
         best = {} if self.real is None else {"reconstructions": codes_at_best(self.real, self.train, judge)}
@@ -199,15 +203,22 @@ def codes_at_best(real: RealImages, codes: data.ImageTokens, judge: Judge) -> di
     return judge.measure(real.decode(codes.tokens[evenly].long()))
 
 
-def open_judge(train: data.ImageTokens, heldout: data.ImageTokens, args: EvaluationArguments) -> Judge:
-    """The judge of these images, its floors at the number of samples of `args`, its classifier from the cache."""
-    return Judge(train, heldout, checkpoints.cache_folder(), args.eval_num_samples, args.eval_feature_extractor)
+def open_judge(
+    train: data.ImageTokens, heldout: data.ImageTokens, args: EvaluationArguments, trust_remote_code: bool = False
+) -> Judge:
+    """The judge of these images, its floors at the number of samples of `args`, its classifier and what is known of the
+    real images from the cache. Of more images than memory holds, 50,000 of a side are looked at."""
+    train, heldout = (
+        data.spread(side, JUDGED) if isinstance(side.tokens, LazyRows) else side for side in (train, heldout)
+    )
+    extractor = args.eval_feature_extractor
+    return Judge(train, heldout, checkpoints.cache_folder(), args.eval_num_samples, extractor, trust_remote_code)
 
 
 def judged(
-    model: str, config: Any, images: DataArguments, args: EvaluationArguments
-) -> tuple[Judge, RealImages | None]:
-    """For `evaluate`: the judge of the images that the model in folder `model` is for, and how it is sampled."""
+    model: str, config: Any, images: DataArguments, args: EvaluationArguments, trust_remote_code: bool = False
+) -> Measuring:
+    """For `evaluate`: what the model in folder `model` is measured by, of the images that it is for."""
     is_tokens = config.model_type == "di4c_tokens"
     if not is_tokens and images.num_states is None and data.BUILT_IN.get(images.dataset_name) is None:
         images.num_states = config.num_states
@@ -217,7 +228,9 @@ def judged(
         vq.check_denoiser(config)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         real = real_images(loaded, images.heldout_fraction, vq.to(device))
-        return open_judge(real.train, real.heldout, args), real
+        some = real.heldout.subset(torch.arange(min(LATENT_EXAMPLES, len(real.heldout))))
+        codes = codes_of(some, vq, checkpoints.cache_folder())
+        return Measuring(open_judge(real.train, real.heldout, args, trust_remote_code), real, codes, real.train)
     if images.vq_model is not None:
         raise UsageError(f"--vq_model {images.vq_model}: {model} is no network of codes; leave it out")
     train, heldout = data.split(loaded, images.heldout_fraction)
@@ -226,4 +239,4 @@ def judged(
             f"--model {model}: has S = {config.num_states}, D = {config.length}; the images of "
             f"{train.name!r} have S = {train.num_states}, D = {train.length}; name the data it was trained on"
         )
-    return open_judge(train, heldout, args), None
+    return Measuring(open_judge(train, heldout, args, trust_remote_code), None, heldout, train)

@@ -26,10 +26,19 @@ AT_ONCE = 2000  # images looked at together, which bounds the memory
 
 
 class Seen(NamedTuple):
-    """What a classifier makes of N images: features (N, F), and probabilities of the labels (N, Y)."""
+    """What a network makes of N images: features (N, F), and probabilities of the labels (N, Y) where it gives any."""
 
     features: Tensor
-    probabilities: Tensor
+    probabilities: Tensor | None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of all of a module's parameters and buffers, by name."""
+    told = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
 
 
 def num_features(shape: tuple[int, ...]) -> int:
@@ -63,11 +72,18 @@ class Classifier(nn.Module):
     def features(self, tokens: Rows) -> Tensor:
         return self.seen(tokens).features
 
+    @property
+    def identity(self) -> str:
+        """Hangs on the weights; equal ones see equal features."""
+        return f"labels {weights_digest(self)}"
+
+    @torch.no_grad()
     def accuracy(self, data: ImageTokens) -> float:
         """Share of the images of `data` whose label is the most probable."""
         if data.labels is None:
             raise ValueError(f"{data.name}: no labels to compare with")
-        return float((self.seen(data.tokens).probabilities.argmax(-1) == data.labels).double().mean())
+        found = torch.cat([self(some).argmax(-1) for some in data.tokens.split(AT_ONCE)])
+        return float((found == data.labels).double().mean())
 
     def _scaled(self, tokens: Tensor) -> Tensor:
         """What the network takes, in [0, 1]: (N, D), or maps (N, C, height, width)."""

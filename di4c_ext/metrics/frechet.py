@@ -8,6 +8,8 @@ distance should be read without the sizes and a real-against-real floor beside i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,18 @@ class Moments:
         self.mean += delta * (len(x) / total)
         self.n = total
         return self
+
+    @classmethod
+    def of(cls, n: int, mean: Tensor, scatter: Tensor) -> Moments:
+        """Of n vectors whose mean (F,) and sum of centred outer products (F, F), float64, are known."""
+        moments = cls()
+        moments.n, moments.mean, moments._scatter = n, mean, scatter
+        return moments
+
+    @property
+    def scatter(self) -> Tensor:
+        """Sum of the centred vectors' outer products, (F, F)."""
+        return self._scatter
 
     def without(self, part: Moments) -> Moments:
         """The moments of what was seen here and not in `part`, whose vectors were all seen here."""
@@ -86,3 +100,29 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = torch.linalg.eigvalsh(a.root @ cov_b @ a.root).clamp_min(0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def frechet_of(reference: Moments, features: Tensor) -> Callable[[Tensor], float]:
+    """The distance of samples (N, F) from a reference, to first order a function of counts (N,), how often each of
+    them is there; all ones is the sample as it is.
+
+    With C and m the samples' covariance and mean, R the root of the reference's, T = R (R C R)^{-1/2} R the linear map
+    that carries one Gaussian to the other, a sample y = x - m moves the distance by 2 (m - m_ref).y + y (I - T) y, less
+    the mean of that. A bootstrap that draws the covariance anew instead takes the bias of copied samples for scatter,
+    and F^3 operations a draw.
+
+    Raises ValueError for N < 2 F, where the covariance of samples has next to no inverse.
+    """
+    n, size = features.shape
+    if n < 2 * size:
+        raise ValueError(f"frechet_of: {n} samples of {size} features; give {2 * size} samples or more")
+    moments = Moments(features)
+    distance = frechet_distance(reference, moments)
+    value, vector = torch.linalg.eigh(reference.root @ moments.covariance @ reference.root)
+    kept = value > value[-1] * size * torch.finfo(torch.float64).eps
+    inverse_root = (vector[:, kept] * value[kept].rsqrt()) @ vector[:, kept].T
+    form = torch.eye(size, dtype=torch.float64) - reference.root @ inverse_root @ reference.root
+    y = features.detach().to("cpu", torch.float64) - moments.mean
+    moved = 2 * y @ (moments.mean - reference.mean) + ((y @ form) * y).sum(1)
+    moved -= moved.mean()
+    return lambda counts: distance + float(counts.double() @ moved / counts.sum())

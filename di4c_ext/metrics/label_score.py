@@ -10,16 +10,32 @@ equally often.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def label_score(probabilities: Tensor) -> float:
     """The score of p(y | x) (N, Y), rows that sum to 1, from N >= 1 samples; ValueError for anything else."""
+    return label_score_of(probabilities)(torch.ones(len(probabilities)))
+
+
+def label_score_of(probabilities: Tensor) -> Callable[[Tensor], float]:
+    """The score as a function of counts (N,), how often each of the samples is there.
+
+    The mean divergence is E_x sum_y p(y | x) log p(y | x) - sum_y p(y) log p(y): of the samples one number each.
+    """
     p = probabilities.detach().double()
     if p.ndim != 2 or len(p) == 0:
         raise ValueError(f"label_score: probabilities have shape {tuple(probabilities.shape)}; give (N, Y) with N >= 1")
     if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-3)).all()):
         raise ValueError("label_score: a row is no distribution; give the softmax of a classifier's logits")
-    divergence = torch.special.xlogy(p, p).sum(1) - torch.special.xlogy(p, p.mean(0)).sum(1)
-    return float(divergence.mean().exp())
+    own = torch.special.xlogy(p, p).sum(1)
+
+    def score(counts: Tensor) -> float:
+        w = counts.double() / counts.sum()
+        mean = w @ p
+        return float((w @ own - torch.special.xlogy(mean, mean).sum()).exp())
+
+    return score

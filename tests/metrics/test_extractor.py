@@ -50,8 +50,11 @@ def test_is_the_network_on_normalised_images(network: Path) -> None:
 def test_grey_images_of_another_size(network: Path) -> None:
     grey = data.from_arrays(np.random.default_rng(0).integers(0, 8, (5, 8, 8)), num_states=8)
     extractor = Extractor(str(network), grey)
-    assert extractor._pixels(grey.tokens).shape == (5, 3, 24, 24)
-    assert extractor.seen(grey.tokens).features.shape == (5, 8)
+    assert extractor.pixels(grey.tokens).shape == (5, 3, 8, 8)
+    seen, colours = extractor.seen(grey.tokens), grey.images()[..., None].expand(-1, -1, -1, 3).numpy()
+    again = data.from_arrays(colours, num_states=8)
+    assert seen.features.shape == (5, 8)
+    torch.testing.assert_close(Extractor(str(network), again).seen(again.tokens).features, seen.features)
 
 
 def test_takes_the_place_of_the_labels_own(network: Path) -> None:

@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from di4c_ext.metrics import Moments, frechet_distance
+from di4c_ext.metrics.frechet import frechet_of
 
 
 def _features(n: int, f: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -84,3 +85,35 @@ def test_the_root_follows_what_is_added() -> None:
     torch.testing.assert_close(first @ first, moments.covariance)
     moments.update(x[50:])
     torch.testing.assert_close(moments.root @ moments.root, torch.cov(x.T))
+
+
+def test_counts_are_how_often_samples_are_there() -> None:
+    """Exact for all ones, its derivative the difference quotient of the distance of so weighted samples."""
+    reference, x = Moments(_features(600, 5, 9)), _features(300, 5, 10, 0.4)
+    distance = frechet_of(reference, x)
+    assert distance(torch.ones(300)) == pytest.approx(frechet_distance(reference, Moments(x)), rel=1e-12)
+
+    def weighted(share: float, i: int) -> float:
+        w = torch.full((300,), (1 - share) / 300, dtype=torch.float64)
+        w[i] += share
+        mean = w @ x
+        scatter = ((x - mean).T * w) @ (x - mean) * 300
+        return frechet_distance(reference, Moments.of(300, mean, scatter * 299 / 300))
+
+    for i in (0, 17, 299):
+        slope = (weighted(1e-5, i) - weighted(-1e-5, i)) / 2e-5
+        counts = torch.zeros(300)
+        counts[i] = 1
+        assert distance(counts) - distance(torch.ones(300)) == pytest.approx(slope, rel=1e-2), i
+
+
+def test_as_wide_as_other_samples_scatter() -> None:
+    reference = Moments(_features(5000, 4, 11))
+    sets = [_features(6000, 4, 11, 0.3)[300 * i : 300 * (i + 1)] for i in range(20)]
+    scatter = torch.tensor([frechet_distance(reference, Moments(x)) for x in sets]).std()
+    drawn = torch.randint(0, 300, (200, 300), generator=torch.Generator().manual_seed(0))
+    distance = frechet_of(reference, sets[0])
+    spread = torch.tensor([distance(torch.bincount(places, minlength=300)) for places in drawn]).std()
+    assert 0.6 < float(spread / scatter) < 1.6
+    with pytest.raises(ValueError, match="7 samples of 4 features; give 8 samples or more"):
+        frechet_of(reference, sets[0][:7])
