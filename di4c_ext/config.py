@@ -177,11 +177,11 @@ class DistillConfig(KeyedConfig):
     latent_micro_batch: int | None = field(
         default=None, metadata={"help": "latents whose activations live at once; default: all. Less memory, more time"}
     )
-    few_step_counts: list[int] | None = field(
-        default=None,
+    few_step_counts: list[int] = field(
+        default_factory=lambda: [0],
         metadata={
             "help": "latent_form chain: numbers of sampling steps by whose likelihood the student is trained, e.g. 4 8 "
-            "16, in place of the objective that draws latents; window and its share act as there"
+            "16, in place of the objective that draws latents; window and its share act as there; 0: none"
         },
     )
     consistency_share: float = field(
@@ -195,6 +195,11 @@ class DistillConfig(KeyedConfig):
     def __post_init__(self) -> None:
         if self.latent_processes < 1:
             raise ValueError(f"--latent_processes {self.latent_processes}: must be at least 1")
+        if self.latent_processes > 1 and self.by_few_steps:
+            raise ValueError(
+                f"--latent_processes {self.latent_processes}: with --few_step_counts no latents are drawn that "
+                "processes could share; give 1"
+            )
         if self.num_latents < 1:
             raise ValueError(f"--num_latents {self.num_latents}: must be at least 1, e.g. 16")
         if self.base_learning_rate is not None and not 0 <= self.base_learning_rate < float("inf"):
@@ -206,9 +211,14 @@ class DistillConfig(KeyedConfig):
         self.objective()
         super().__post_init__()
 
+    @property
+    def by_few_steps(self) -> bool:
+        """Whether the student is trained by the likelihood of few steps."""
+        return self.few_step_counts != [0]
+
     def objective(self) -> Di4CObjective | FewStepObjective:
         """The loss with these settings; raises ValueError for those it cannot have."""
-        if self.few_step_counts is not None:
+        if self.by_few_steps:
             return FewStepObjective(
                 num_steps=tuple(self.few_step_counts),
                 consistency_share=self.consistency_share,

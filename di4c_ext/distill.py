@@ -285,7 +285,14 @@ def check(job: Run, config: PretrainConfig) -> None:
     """Refuses bad settings before anything is written, on an untrained teacher or the one that was named."""
     named = job.teacher_args.teacher_model_name_or_path
     teacher = job.task.new_teacher(config) if named is None else job.task.load_teacher(named)
-    check_plan(job.evaluation, job.sampling, {"teacher": teacher, "student": new_student(job, teacher)})
+    student = new_student(job, teacher)
+    for stage in job.stages:
+        if stage.args.by_few_steps and not getattr(student.config, "has_chain", False):
+            raise ValueError(
+                f"--few_step_counts {stage.args.few_step_counts}: is for a student of the diffusion transformer whose "
+                "latent is a chain; give --student_model_config '{\"latent_form\": \"chain\"}', or --few_step_counts 0"
+            )
+    check_plan(job.evaluation, job.sampling, {"teacher": teacher, "student": student})
     stages.check(job.stages, job.process_of(teacher.config), from_mixture=teacher.config.is_student)
 
 

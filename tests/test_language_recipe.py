@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import DIT
 from programs import program
 
 from di4c_ext import arguments
@@ -104,7 +105,8 @@ def test_small_scale_as_distill_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert text.tokenizer_name == "runs/language-seeds/pieces"
     assert (teacher.teacher_seed, student.seed, student.max_steps) == (4, 4, 7)
     assert evaluation.eval_num_steps == [1, 2, 4, 8, 16, 32, 64] and evaluation.eval_causal_lm == "smollm2"
-    assert stages.stages == ["di4c", "di4c2"] and stages.stage_config == {"di4c2": {"max_steps": 250}}
+    assert stages.stages == ["di4c", "di4c2"] and stages.stage_config == SMALL.stages
+    assert student.objective().num_steps == (1, 2, 4, 4, 8, 8, 16, 16)
 
 
 def test_published_scale_as_distill_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,19 +130,18 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("di4c_ext.text_sources.sotu", lambda: [(tmp_path / "text" / "0.txt").read_text()])
     read: list[int] = []
 
-    def judged(texts: list[str], judge: CausalLM) -> Perplexity:
+    def judged(texts: list[str], judge: CausalLM, protocol: str, states: bool) -> Perplexity:
         read.append(len(texts))
         lengths = torch.tensor([len(text) for text in texts])
         return Perplexity(lengths.double() * 3, lengths, "retokenized")
 
     monkeypatch.setattr(text_judge, "generative_perplexity", judged)
     monkeypatch.setattr("di4c_ext.text_task.open_causal_lm", lambda name, dtype: CausalLM(name, None))
-    network = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "cond_dim": 8, "dropout": 0.0}
     argv = ["--runs", tmp_path / "runs", "--results", tmp_path / "results", "--num_samples", 5, "--num_judged", 2]
     argv += ["--seeds", 1, "--dataset_name", tmp_path / "text", "--heldout_fraction", 0.3, "--block_size", 16]
     argv += ["--use_cpu", "--disable_tqdm", "true", "--teacher_max_steps", 2, "--max_steps", 2, "--num_latents", 2]
     argv += ["--teacher_per_device_train_batch_size", 4, "--per_device_train_batch_size", 2, "--num_targets", 2]
-    argv += ["--teacher_model_config", json.dumps(network)]
+    argv += ["--teacher_model_config", json.dumps(DIT)]
     words = [str(word) for word in argv]
     assert language.main(words) in (0, 1)
     results, run = tmp_path / "results", tmp_path / "runs" / "seed-1"

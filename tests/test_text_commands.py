@@ -5,34 +5,25 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import language
 import pytest
 import torch
+from commands import DIT, as_words
 from safetensors.torch import save_file
 from transformers import BertModel
 
-from di4c_ext import arguments, distill, evaluate, pretrain, sample
+from di4c_ext import distill, evaluate, pretrain, sample
 from di4c_ext.callbacks import read_metrics
 from di4c_ext.generate import generate, open_model
 from di4c_ext.models import Di4CForMaskedLM, DiTDenoiser
 from di4c_ext.text_sources import Characters, cutter_of, told_beside
 
-DIT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "cond_dim": 8, "dropout": 0.0}
+FEW_STEP = ("few_step_data", "few_step_consistency", "distillation")
 STORY = "the cat sat on the mat and the dog ran to the man who had a hat "
-
-
-def _words(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in (f"--{name}", *_as_words(value))]
-
-
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [json.dumps(value)]
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ _QUICK = {"use_cpu": "true", "disable_tqdm": "true", "logging_steps": 1}
 
 def _teaching(story: Path, output: Path, **more: Any) -> list[str]:
     own = {"output_dir": output, "max_steps": 4, "per_device_train_batch_size": 8, "model_config": DIT, "seed": 0}
-    return _words(_data(story) | own | _QUICK | more)
+    return as_words(_data(story) | own | _QUICK | more)
 
 
 def _distilling(story: Path, output: Path, **more: Any) -> list[str]:
@@ -76,12 +67,13 @@ def _distilling(story: Path, output: Path, **more: Any) -> list[str]:
         "per_device_train_batch_size": 4,
         "num_latents": 3,
         "num_targets": 2,
+        "few_step_counts": 0,
         "student_model_config": {"latent_form": "added", "latent_dim": 2, "latent_hidden_size": 8},
         "eval_num_steps": [1, 3],
         "eval_num_samples": 6,
         "eval_seeds": 0,
     }
-    return _words(_data(story) | own | _QUICK | more)
+    return as_words(_data(story) | own | _QUICK | more)
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +84,6 @@ def finished(story: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
         patch.setenv("DI4C_CACHE", str(cache))
         assert distill.main(_distilling(story, output)) == 0
     return output
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must refuse: exit code 2 and one line, which is returned."""
-
-    def refuse(main: Callable[[Sequence[str]], int], argv: Sequence[Any]) -> str:
-        with pytest.raises(SystemExit) as stop:
-            arguments.run(main, [str(word) for word in argv])
-        shown = capsys.readouterr()
-        lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(lines) == 1, shown
-        return lines[0]
-
-    return refuse
 
 
 def test_a_run_holds_all_that_is_needed(finished: Path) -> None:
@@ -154,6 +131,9 @@ def test_a_teacher_alone_and_again_from_the_cache(
     shown = capsys.readouterr().out
     assert "likelihood bound in nats a token: " in shown and "perplexity of a token, heldout: at most 2" in shown
     assert told_beside(tmp_path / "teacher")["block_size"] == 12
+    card = (tmp_path / "teacher" / "README.md").read_text()
+    assert "# A teacher of story" in card and "(`DiTDenoiser`) for `AbsorbingProcess(" in card
+    assert "4 steps on batches of 8 sequences" in card and "Likelihood bound in nats a token: " in card
     weights = tmp_path / "teacher" / "model.safetensors"
     wanted = weights.read_bytes()
     weights.unlink()
@@ -169,7 +149,7 @@ def test_a_teacher_alone_and_again_from_the_cache(
 def test_sample(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stem = tmp_path / "three.steps"
     words = {"model": finished, "num_steps": 3, "num_samples": 5, "output": stem}
-    assert sample.main(_words(words)) == 0
+    assert sample.main(as_words(words)) == 0
     shown = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "three.steps.jsonl").read_text().splitlines()]
     drawn = generate(open_model(finished), 3, 5, seed=0, batch_size=2)
@@ -182,7 +162,7 @@ def test_sample(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_sample_goes_on_from_a_prompt_and_fills_gaps(finished: Path, tmp_path: Path) -> None:
     def drawn(**told: Any) -> list[dict[str, Any]]:
         words = {"model": finished / "teacher", "num_steps": 2, "num_samples": 3, "output": tmp_path / "p"}
-        assert sample.main(_words(words | told)) == 0
+        assert sample.main(as_words(words | told)) == 0
         return [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
 
     assert {row["text"][:4] for row in drawn(prompt="The ")} == {"the "}
@@ -192,16 +172,27 @@ def test_sample_goes_on_from_a_prompt_and_fills_gaps(finished: Path, tmp_path: P
     assert all(row["text"][0] == "a" and len(row["tokens"]) == 5 and max(row["tokens"]) < 27 for row in own)
 
 
-def test_evaluate_measures_the_same(finished: Path, story: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_measures_the_same(
+    finished: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = _data(story)
     del told["tokenizer_name"], told["block_size"], told["modality"]  # the model's own
-    asked = {"model": finished, "eval_num_steps": 3, "eval_num_samples": 6, "eval_seeds": 0}
-    assert evaluate.main(_words(told | asked | {"teacher": finished / "teacher"})) == 0
+    asked = {"model": finished, "num_steps": 3, "eval_num_samples": 6, "eval_seeds": 0, "output_dir": tmp_path}
+    asked |= {"eval_num_bootstraps": 3, "eval_num_turns": 1, "eval_num_bounded": 2, "eval_temperatures": 0.5}
+    assert evaluate.main(as_words(told | asked | {"teacher": finished / "teacher"})) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     known = {row["model"]: row for row in read_metrics(finished / "metrics.jsonl") if row.get("num_steps") == 3}
-    assert [row["model"] for row in lines[1:]] == ["teacher", "student"] and lines[0]["floors"]["entropy"] > 0
-    for row in lines[1:]:
-        assert row["entropy"] == pytest.approx(known[row["model"]]["entropy"])
+    models = ["teacher", "student"]
+    assert [row["model"] for row in lines[1:]] == models * 2 and lines[0]["floors"]["entropy"] > 0
+    for row in lines[3:]:
+        assert row["temperature"] == 1 and row["entropy"] == pytest.approx(known[row["model"]]["entropy"])
+        assert row["entropy_low"] <= row["entropy"] <= row["entropy_high"]
+        assert row["nelbo_low"] <= row["nelbo"] <= row["nelbo_high"] and row["latency_1"] > 0
+    assert all("nelbo" not in row for row in lines[1:3]), "the bound is of samples at temperature 1"
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.count("<blockquote>") >= 3 * 3 and "At equal entropy" in page and "Entropy of a sample&#x27;s own" in page
+    )
 
 
 def _hugging(story: Path, output: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -230,7 +221,7 @@ def test_an_encoder_becomes_a_teacher_and_its_adapters_a_student(bert: Path, wor
     pytest.importorskip("peft")
     shared = _hugging(words, tmp_path / "teacher", bert, text_column="body")
     own = {"kind": "masked-lm", "model_name_or_path": bert, "max_steps": 3, "per_device_train_batch_size": 4}
-    assert pretrain.main(_words(shared | own)) == 0
+    assert pretrain.main(as_words(shared | own)) == 0
     teacher = open_model(tmp_path / "teacher")
     assert isinstance(teacher, Di4CForMaskedLM) and not teacher.config.is_student
     assert told_beside(tmp_path / "teacher") == {"tokenizer_name": ".", "block_size": 10, "wrap": True}
@@ -243,7 +234,7 @@ def test_an_encoder_becomes_a_teacher_and_its_adapters_a_student(bert: Path, wor
         **{"max_steps": 2, "per_device_train_batch_size": 4, "num_latents": 2, "num_targets": 2},
         **{"eval_num_steps": 2, "eval_num_samples": 4, "eval_seeds": 0},
     }
-    assert distill.main(_words(shared | more)) == 0
+    assert distill.main(as_words(shared | more)) == 0
     student = open_model(tmp_path / "run")
     assert student.config.lora["r"] == 2
     x = torch.full((2, 10), student.config.mask_id)
@@ -252,7 +243,7 @@ def test_an_encoder_becomes_a_teacher_and_its_adapters_a_student(bert: Path, wor
     assert [row["model"] for row in rows] == ["teacher", "student"] and all(row["num_samples"] == 4 for row in rows)
 
     told = {"model": tmp_path / "run", "num_steps": 2, "num_samples": 2, "prompt": "w3 w4 [MASK] w6"}
-    assert sample.main(_words(told)) == 0
+    assert sample.main(as_words(told)) == 0
     file = tmp_path / "run" / "samples" / "student-2steps-seed0.jsonl"
     drawn = [json.loads(line)["tokens"] for line in file.read_text().splitlines()]
     first, cls = len(language.SPECIAL), language.SPECIAL["cls"]
@@ -272,7 +263,7 @@ def test_a_published_file_is_a_teacher_as_it_is(finished: Path, story: Path, tmp
     assert distill.main(_distilling(story, tmp_path / "run", **told)) == 0
     student = open_model(tmp_path / "run")
     assert (student.config.length, student.config.schedule) == (1024, "log_linear"), "as published, none is told"
-    assert sample.main(_words({"model": tmp_path / "run", "num_samples": 2, "num_steps": 1})) == 0
+    assert sample.main(as_words({"model": tmp_path / "run", "num_samples": 2, "num_steps": 1})) == 0
     rows = (tmp_path / "run" / "samples" / "student-1steps-seed0.jsonl").read_text().splitlines()
     assert [len(json.loads(row)["tokens"]) for row in rows] == [12, 12], "the blocks it was distilled on"
 
@@ -283,6 +274,26 @@ def test_a_second_round_begins_as_its_teacher(finished: Path, story: Path, tmp_p
     assert distill.main(words) == 0
     again, first = open_model(tmp_path / "again").state_dict(), open_model(finished).state_dict()
     assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_a_chain_is_trained_by_its_likelihood_and_trained_again(finished: Path, story: Path, tmp_path: Path) -> None:
+    chain = {"latent_form": "chain", "latent_states": 3, "latent_hidden_size": 8}
+    told = {"teacher_model_name_or_path": finished / "teacher", "stages": ["di4c", "di4c2"], "num_latents": 2}
+    words = _distilling(
+        story,
+        tmp_path / "run",
+        **told | {"student_model_config": chain, "few_step_counts": [1, 3], "eval_num_steps": 1},
+        **{"consistency_share": 0.3, "window_share": 0.2, "max_steps": 3},
+    )
+    assert distill.main(words) == 0
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "few_step_data" in line]
+    assert [line["phase"] for line in lines] == ["di4c"] * 3 + ["student"] * 3
+    assert all(
+        math.isclose(line["loss"], sum(line[part] for part in FEW_STEP), rel_tol=1e-5) and line["loss"] > 0
+        for line in lines
+    )
+    assert open_model(tmp_path / "run").config.has_chain and (tmp_path / "run" / "report.html").is_file()
+    assert sample.main(as_words({"model": tmp_path / "run", "num_samples": 2, "num_steps": 2})) == 0
 
 
 def test_refuses_what_does_not_fit_before_anything_is_written(
@@ -327,17 +338,20 @@ def test_refuses_what_does_not_fit_before_anything_is_written(
         ({"student_model_config": {"latent": 2}}, "unknown setting 'latent'; did you mean"),
         ({"teacher_model_name_or_path": teacher, "teacher_revision": "main"}, "is of a repository of the hub"),
         ({"second_round": "true"}, "are of a teacher that is named"),
+        ({"few_step_counts": [2, 4]}, "--few_step_counts [2, 4]: is for a student of the diffusion transformer whose"),
+        ({"few_step_counts": [0, 4]}, "num_steps must be integers of at least 1, got (0, 4)"),
+        ({"few_step_counts": 4, "latent_processes": 2}, "no latents are drawn that processes could share; give 1"),
         ({"schedule": "cosine", "teacher_model_name_or_path": teacher}, "this run asks for schedule = cosine"),
     ):
-        assert message in refused(distill.main, _distilling(story, output, **told)), told
+        assert message in refused(distill.main, *_distilling(story, output, **told)), told
         assert not output.exists(), told
     images = ["--preset", "digits_smoke", "--output_dir", output]
     for flags, message in (
         (["--block_size", 9], "--block_size 9: is for text"),
         (["--second_round", "true", "--teacher_model_name_or_path", finished], "--second_round: is for text"),
     ):
-        assert message in refused(distill.main, [*images, *flags]) and not output.exists()
-    assert "name the encoder" in refused(pretrain.main, [*_teaching(story, output), "--kind", "masked-lm"])
+        assert message in refused(distill.main, *images, *flags) and not output.exists()
+    assert "name the encoder" in refused(pretrain.main, *_teaching(story, output), "--kind", "masked-lm")
     for flags, message in (
         (["--prompt", STORY], "has 64 tokens, a sample has 12"),
         (["--prompt", "the", "--num_new_tokens", 0], "nothing is left to fill in"),
@@ -346,5 +360,5 @@ def test_refuses_what_does_not_fit_before_anything_is_written(
         (["--tokenizer_name", whole], "knows 61 tokens, the teacher 27"),
         (["--num_new_tokens", 2], "goes with --prompt"),
     ):
-        assert message in refused(sample.main, ["--model", finished, "--output", output, *flags]), flags
+        assert message in refused(sample.main, "--model", finished, "--output", output, *flags), flags
         assert not list(tmp_path.glob("out*"))
