@@ -22,20 +22,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import recipes
+from language_runs import APART, BOUNDED, MODELS, SHOWN, TEMPERATURES, Run, measure
 from recipes import Measured, Seeds
 
 from di4c_ext.metrics.frontier import Point, is_at_or_below, perplexity_at
 
-MODELS = ("teacher", "student", "second")
 NAMES = {"teacher": "teacher", "student": "student (Di4C)", "second": "second round (Di4C²)"}
 COLOURS = {**recipes.COLOURS, "second": "#7b3fa0"}
-TEMPERATURES = (0.9, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
 PIECES = 1024
 FIGURES = {
     "perplexity": "Generative perplexity",
@@ -45,7 +44,6 @@ FIGURES = {
     "distinct_2": "Share of different pairs of tokens (distinct-2)",
     "self_bleu": "Self-BLEU",
 }
-SHOWN = 2  # samples of each model and number of steps that are printed
 
 
 @dataclass(frozen=True)
@@ -104,73 +102,14 @@ def flags_of(scale: Scale, seed: int, output: Path, args: argparse.Namespace, fl
     argv += ["--eval_num_samples", str(args.num_samples or scale.num_samples)]
     argv += ["--eval_causal_lm", args.judge or scale.judge, "--eval_num_judged", str(args.num_judged)]
     argv += ["--eval_dtype", scale.dtype]
-    if scale.stages:
-        argv += ["--stage_config", json.dumps(scale.stages)]
+    stages = {**scale.stages}
+    if args.second_steps is not None:
+        stages["di4c2"] = stages.get("di4c2", {}) | {"max_steps": args.second_steps}
+    if stages:
+        argv += ["--stage_config", json.dumps(stages)]
     if args.scale == "small":
         argv += ["--tokenizer_name", str(args.runs / "pieces")]
     return [*argv, *recipes.resumed(output / "distill_config.yaml"), *flags]
-
-
-def measure(scale: Scale, output: Path, measured: Measured) -> Measured:
-    """What a run wrote, its student by the name of the second round, with the first round's rows and the teacher's at
-    other temperatures; each is kept as soon as it is there."""
-    kept = output / "more.jsonl"
-    known = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
-    have = {(row["model"], row["temperature"], row["num_steps"]) for row in known}
-    todo = [("student", 1.0, scale.steps), *(("teacher", t, [2 * k for k in scale.promised]) for t in TEMPERATURES)]
-    todo = [(name, t, [n for n in steps if (name, t, n) not in have]) for name, t, steps in todo]
-    with kept.open("a", encoding="utf-8") as file:
-        for row in _more(output, [job for job in todo if job[2]]):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            known.append(row)
-    names = {"teacher": "teacher", "student": "second"}
-    rows = [{**row, "model": names[row["model"]], "temperature": 1.0} for row in measured["rows"]]
-    return {**measured, "rows": rows + known, "samples": _samples(scale, output)}
-
-
-def _more(output: Path, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterator[dict[str, Any]]:
-    """Rows of the models of a run, by name, temperature and numbers of steps."""
-    if not todo:
-        return
-    from dataclasses import replace
-
-    from di4c_ext.arguments import DataArguments, read_yaml
-    from di4c_ext.evaluate import EvaluationArguments, compare
-    from di4c_ext.generate import SamplingArguments, open_model
-    from di4c_ext.text_arguments import TextArguments
-    from di4c_ext.text_task import TextTask
-
-    settings = read_yaml(output / "distill_config.yaml")
-
-    def told(kind: Any) -> Any:
-        return kind(**{name: settings[name] for name in kind.__dataclass_fields__ if name in settings})
-
-    folders = {"teacher": output / "teacher", "student": output / "stages" / "di4c"}
-    models = {name: open_model(folder) for name, folder in folders.items()}
-    args: EvaluationArguments = told(EvaluationArguments)
-    task = TextTask(told(DataArguments), told(TextArguments), model=(str(folders["student"]), models["student"].config))
-    judge = task.open_judge(args)
-    for name, temperature, steps in todo:
-        asked = replace(args, eval_num_steps=list(steps))
-        sampling = SamplingArguments(temperature=temperature)
-        for row, _ in compare({name: models[name]}, judge, asked, 0, sampling, task.drawing):
-            yield {**row, "temperature": temperature}
-
-
-def _samples(scale: Scale, output: Path) -> dict[str, dict[str, list[str]]]:
-    """The first samples that the figures stand on, drawn again: by model and number of steps."""
-    from di4c_ext.generate import generate, open_model
-    from di4c_ext.text_sources import cutter_of
-
-    folders = {"teacher": output / "teacher", "student": output / "stages" / "di4c", "second": output}
-    cutter = cutter_of(output)
-    found: dict[str, dict[str, list[str]]] = {}
-    for model, folder in folders.items():
-        opened = open_model(folder)
-        drawn = {n: generate(opened, n, SHOWN, seed=0).tolist() for n in scale.steps}
-        found[model] = {str(n): [cutter.decode(row) for row in rows] for n, rows in drawn.items()}
-    return found
 
 
 def line(measured: Measured, model: str, num_steps: int) -> list[Point]:
@@ -212,7 +151,7 @@ def report(scale: Scale, seeds: Seeds, judge: str) -> str:
     ]
     for figure, name in FIGURES.items():
         lines += [f"{name}; real text: {floors[figure]:.4g}", "", *_table(scale, seeds, figure), ""]
-    lines += _matched(scale, seeds)
+    lines += _matched(scale, seeds) + _told(seeds)
     lines += [*recipes.kept_table(seeds, lambda measured: promises(measured, scale.promised)), ""]
     for seed, measured in seeds.items():
         bounds = measured["bounds"]
@@ -255,6 +194,25 @@ def _matched(scale: Scale, seeds: Seeds) -> list[str]:
                 held = "outside its entropies" if other is None else f"{other:.4g}"
                 lines.append(f"| {seed} | {NAMES[model]} | {k} | {own.perplexity:.4g} | {own.entropy:.3f} | {held} |")
     return [*lines, ""]
+
+
+def _told(seeds: Seeds) -> list[str]:
+    """What part of a student's gain is its chain's."""
+    names = {**NAMES, APART: "student, each position apart"}
+    lines: list[str] = []
+    for seed, measured in seeds.items():
+        for name, bounds in measured["told"].items():
+            if not lines:
+                lines += [
+                    f"Likelihood of few steps: bounds of -log p, nats a held-out sequence ({BOUNDED} of them). From "
+                    "the teacher to the student with its positions drawn apart is what training on has brought, from "
+                    "there to the student what its chain knows of them together",
+                    "",
+                    "| seed | model | " + " | ".join(bounds) + " |",
+                    "|---" * (len(bounds) + 2) + "|",
+                ]
+            lines.append(f"| {seed} | {names[name]} | " + " | ".join(f"{v:.1f}" for v in bounds.values()) + " |")
+    return [*lines, ""] if lines else []
 
 
 def samples_page(scale: Scale, measured: Measured, seed: int) -> str:
@@ -323,6 +281,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
     parser.add_argument("--num_samples", type=int, help="samples per figure; default: 256, or 1,024")
     parser.add_argument("--num_judged", type=int, help="of which the judge reads so many; default: all")
+    parser.add_argument("--second_steps", type=int, help="steps of the second round; default: 1,000, or the first's")
     parser.add_argument("--judge", help="a causal language model: smollm2, a folder, GGUF file or hub name")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/language[-paper]-seeds")
     parser.add_argument("--results", type=Path, default=recipes.RESULTS, help="folder of the tables and the picture")
@@ -342,7 +301,8 @@ def main(argv: Sequence[str]) -> int:
     for seed in sorted(args.seeds):
         output = args.runs / f"seed-{seed}"
         measured = recipes.train_and_measure(seed, output, flags_of(scale, seed, output, args, flags))
-        seeds[seed] = {**measure(scale, output, measured), "judged": args.num_judged}
+        run = Run(output, scale.steps, scale.promised)
+        seeds[seed] = {**measure(run, measured), "judged": args.num_judged}
     text = report(scale, seeds, args.judge or scale.judge)
     recipes.save(scale.name, text, seeds, args.results)
     first = min(seeds)

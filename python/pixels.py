@@ -78,11 +78,8 @@ def picture(scale: Scale, seeds: Seeds, samples: Path, file: Path) -> None:
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and those for di4c_ext.distill."""
     parser = recipes.parser(__doc__, "pixels", SCALES, [0], "each adds 7 minutes at scale small")
-    args, flags = parser.parse_known_args(argv)
-    if args.scale == "paper" and args.eval_feature_extractor is None:
-        parser.error("--scale paper: name the feature space by --eval_feature_extractor, a folder or name")
-    args.runs = args.runs or Path(f"runs/{SCALES[args.scale].name}-seeds")
-    return args, flags
+    features = "the feature space by --eval_feature_extractor, a folder or name"
+    return recipes.parsed(parser, SCALES, argv, eval_feature_extractor=features)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -44,10 +44,21 @@ def parser(
     flags.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
     flags.add_argument("--sampling_seeds", type=int, nargs="+", default=list(sampling_seeds), help=seed_costs)
     flags.add_argument("--num_samples", type=int, help="samples per figure; default: 1,000, or 50,000")
-    flags.add_argument("--eval_feature_extractor", metavar="NAME", help="an image classifier of transformers")
+    flags.add_argument("--eval_feature_extractor", metavar="NAME", help="as of di4c_ext.evaluate: a network, by name")
     flags.add_argument("--runs", type=Path, help=f"folder of the runs, one a seed; default: runs/{name}[-paper]-seeds")
     flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the picture")
     return flags
+
+
+def parsed(
+    flags: argparse.ArgumentParser, scales: Mapping[str, Scale], argv: Sequence[str], **published: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """A recipe's own flags, and those for di4c_ext.distill. published: what the published scale wants, in words."""
+    args, others = flags.parse_known_args(argv)
+    if args.scale == "paper" and any(getattr(args, name) is None for name in published):
+        flags.error(f"--scale paper: name {', and '.join(published.values())}")
+    args.runs = args.runs or Path(f"runs/{scales[args.scale].name}-seeds")
+    return args, others
 
 
 def run_flags(scale: Scale, seed: int, output: Path, args: argparse.Namespace) -> list[str]:

@@ -149,11 +149,8 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and those for di4c_ext.distill."""
     parser = recipes.parser(__doc__, "tokens", SCALES, [0, 1, 2], "seeds of sampling")
     parser.add_argument("--vq_model", type=Path, help="folder of a VQ model; default: RUNS/vq, which is trained first")
-    args, flags = parser.parse_known_args(argv)
-    if args.scale == "paper" and (args.eval_feature_extractor is None or args.vq_model is None):
-        parser.error("--scale paper: name a --vq_model, and the feature space by --eval_feature_extractor")
-    args.runs = args.runs or Path(f"runs/{SCALES[args.scale].name}-seeds")
-    return args, flags
+    features = "the feature space by --eval_feature_extractor"
+    return recipes.parsed(parser, SCALES, argv, vq_model="a --vq_model", eval_feature_extractor=features)
 
 
 def main(argv: Sequence[str]) -> int:

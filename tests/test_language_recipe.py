@@ -46,6 +46,7 @@ def measured(student: float = 100.0, entropy: float = 3.5) -> dict[str, Any]:
         "bounds_name": "likelihood bound in nats a token",
         "seconds": {"teacher": 1200.0, "student": 900.0, "evaluation": 60.0},
         "judged": 128,
+        "told": {name: {"1": 400.0, "8": 280.5} for name in ("teacher", "apart", "student", "second")},
         "samples": {m: {str(n): [f"{m} at {n}\nsteps"] for n in SMALL.steps} for m in language.MODELS},
     }
 
@@ -74,6 +75,7 @@ def test_report_says_what_was_measured() -> None:
     assert "| 3 | student (Di4C) | 8 | 141 | 3.550 | 141.4 |" in text
     assert "| 0 | second round (Di4C²) | 16 | 90 | 3.500 | 100 |" in text
     assert text.count("| yes |") == 6 and "4.250 on training text and 4.500 on held-out" in text
+    assert "| 3 | student, each position apart | 400.0 | 280.5 |" in text and text.count("Likelihood of few steps") == 1
     assert "outside its entropies" in language.report(SMALL, {0: measured(50.0, 3.4)}, "smollm2")
 
 
@@ -141,7 +143,7 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     argv += ["--seeds", 1, "--dataset_name", tmp_path / "text", "--heldout_fraction", 0.3, "--block_size", 16]
     argv += ["--use_cpu", "--disable_tqdm", "true", "--teacher_max_steps", 2, "--max_steps", 2, "--num_latents", 2]
     argv += ["--teacher_per_device_train_batch_size", 4, "--per_device_train_batch_size", 2, "--num_targets", 2]
-    argv += ["--teacher_model_config", json.dumps(DIT)]
+    argv += ["--teacher_model_config", json.dumps(DIT), "--second_steps", 2]
     words = [str(word) for word in argv]
     assert language.main(words) in (0, 1)
     results, run = tmp_path / "results", tmp_path / "runs" / "seed-1"
@@ -155,5 +157,7 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     kept = json.loads((results / "language.json").read_text())["1"]
     assert {row["model"] for row in kept["rows"]} == set(language.MODELS)
     (run / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more[:-1]))
-    known = language.measure(SMALL, run, json.loads((run / "evaluation.json").read_text()))["rows"]
+    assert kept["told"]["apart"]["1"] > 0 and list(kept["told"]["second"]) == ["1", "2", "4", "8", "16"]
+    made = language.Run(run, SMALL.steps, SMALL.promised)
+    known = language.measure(made, json.loads((run / "evaluation.json").read_text()))["rows"]
     assert [row for row in known if row["model"] == "teacher"][-1]["entropy"] == more[-1]["entropy"]

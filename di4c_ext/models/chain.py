@@ -63,6 +63,25 @@ class Chain(nn.Module):
         states: Tensor = h[:, None] + self.out(functional.gelu(self.told(h)[:, None] + self.kind[z]))
         return states
 
+    def log_marginals(self, h: Tensor, head: ops.Hidden) -> Tensor:
+        """log of each position's own law, all paths summed over: (N, D, S) of h (N, D, H) and the head.
+
+        One of the R states is laid on the others at a time, so that two tensors of this size live at once.
+        """
+        steps = self.transitions(h).exp()
+        reached = [steps[:, 0, 0]]
+        for d in range(1, h.shape[1]):
+            reached.append((reached[-1][:, None] @ steps[:, d])[:, 0])
+        weight = torch.stack(reached, 1).log()
+        total: Tensor | None = None
+        for z in range(self.num_states):
+            states = self.chosen(h, torch.full_like(weight[:, None, :, 0], z, dtype=torch.int64))[:, 0]
+            logits = head._replace(states=states.to(head.weight.dtype)).logits()
+            log_p = weight[..., z, None] + logits.to(wide(logits.dtype)).log_softmax(-1)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+        assert total is not None  # there is a state
+        return total
+
     def log_prob(self, h: Tensor, tokens: Tensor, place: tuple[Tensor, Tensor], head: ops.Hidden) -> Tensor:
         """log p of the tokens at some positions, the others summed over: (N,) nats, with a graph.
 

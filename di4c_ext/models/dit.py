@@ -186,6 +186,22 @@ class DiTDenoiser(MixtureDenoiser):
         found: Tensor = self.backbone.latent_chain.log_prob(h, x_s[place], place, self._hidden(h))
         return found
 
+    def log_marginals(self, x_t: Tensor, t: Tensor | None = None) -> Tensor:
+        """log p^d(. | x_t) of each position apart, exactly: (B, D, S) of x_t (B, D), of a chain's student.
+
+        What a product teacher says in its place: held against `log_prob` it tells what the chain knows of the positions
+        together. Raises ValueError for a student of another form.
+        """
+        self._check(x_t, None)
+        if not self.config.has_chain or x_t.ndim != 2:
+            raise ValueError(
+                f"DiTDenoiser: log_marginals is of a student with latent_form 'chain' and x_t (B, D), got "
+                f"{self.config.latent_form!r} of a {role(self.config.is_student)} and x_t {tuple(x_t.shape)}"
+            )
+        h = self.backbone(x_t, self._sigma(x_t, t), None, None)
+        found: Tensor = self.backbone.latent_chain.log_marginals(h, self._hidden(h))
+        return found
+
     def _sigma(self, x_t: Tensor, t: Tensor | None) -> Tensor:
         """The noise level -log alpha(t) shown to the network, (B,) float64, or 0, (1,), where it is to see none."""
         if not self.config.time_conditioning:

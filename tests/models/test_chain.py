@@ -90,6 +90,19 @@ def test_probabilities_of_all_sequences_add_up_to_one() -> None:
     assert total.item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_marginals_are_sums_of_the_likelihood() -> None:
+    model, length = student(), 3
+    x_0 = torch.cartesian_prod(*[torch.arange(4)] * length)
+    x_t = torch.full_like(x_0, 4)
+    law = model(x_t, torch.ones(len(x_0)), x_s=x_0).exp()
+    found = model.log_marginals(x_t[:1]).exp()[0]
+    for d in range(length):
+        wanted = torch.stack([law[x_0[:, d] == v].sum() for v in range(4)])
+        torch.testing.assert_close(found[d], wanted, rtol=0, atol=1e-12)
+    together = sum(found[d, x_0[:, d]].log() for d in range(length))
+    assert (law * (law.log() - together)).sum() > 0.001, "positions that owe each other nothing would pass as well"
+
+
 def test_mean_over_drawn_latents_is_the_likelihood() -> None:
     model, (x_t, x_s) = student(), states()
     number = 20_000
@@ -221,6 +234,8 @@ def test_likelihood_of_what_has_no_chain_is_refused() -> None:
     for model in (teacher, DiTDenoiser.from_teacher(teacher)):
         with pytest.raises(ValueError, match="latent_form 'chain'"):
             model(x, torch.ones(2), x_s=x)
+    with pytest.raises(ValueError, match="log_marginals"):
+        teacher.log_marginals(x)
     chain = DiTDenoiser.from_teacher(teacher, latent_form="chain")
     with pytest.raises(ValueError, match="x_s"):
         chain(x, torch.ones(2), x_s=x[:, :4])

@@ -1,0 +1,120 @@
+"""What the recipe language.py measures of a finished run, beside what the run measured itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes import Measured
+
+from di4c_ext import random
+from di4c_ext.arguments import DataArguments, read_yaml
+from di4c_ext.evaluate import EvaluationArguments, compare
+from di4c_ext.generate import SamplingArguments, generate, open_model
+from di4c_ext.metrics.mixture_bound import FewSteps, few_step_bounds
+from di4c_ext.systems import process_of
+from di4c_ext.text_arguments import TextArguments
+from di4c_ext.text_sources import cutter_of
+from di4c_ext.text_task import TextTask
+
+TEMPERATURES = (0.9, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
+MODELS = ("teacher", "student", "second")
+APART = "apart"  # the student with every position drawn from its own law
+BOUNDED = 128  # held-out sequences on which the likelihood of few steps is bounded
+SHOWN = 2  # samples of each model and number of steps that are printed
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a finished run, its models opened, and the numbers of steps: all, and k of the promise."""
+
+    output: Path
+    steps: tuple[int, ...]
+    promised: tuple[int, ...]
+
+    @cached_property
+    def models(self) -> dict[str, Any]:
+        folders = (self.output / "teacher", self.output / "stages" / "di4c", self.output)
+        return {name: open_model(folder) for name, folder in zip(MODELS, folders, strict=True)}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return read_yaml(self.output / "distill_config.yaml")
+
+    def told(self, kind: Any) -> Any:
+        """The run's settings of this kind."""
+        return kind(**{name: self.settings[name] for name in kind.__dataclass_fields__ if name in self.settings})
+
+    @cached_property
+    def task(self) -> TextTask:
+        named = (str(self.output / "stages" / "di4c"), self.models["student"].config)
+        return TextTask(self.told(DataArguments), self.told(TextArguments), model=named)
+
+
+def measure(run: Run, measured: Measured) -> Measured:
+    """What a run wrote, its student by the name of the second round, with the first round's rows and the teacher's at
+    other temperatures; each is kept as soon as it is there."""
+    kept = run.output / "more.jsonl"
+    known = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
+    have = {(row["model"], row["temperature"], row["num_steps"]) for row in known}
+    todo = [("student", 1.0, run.steps), *(("teacher", t, [2 * k for k in run.promised]) for t in TEMPERATURES)]
+    todo = [(name, t, [n for n in steps if (name, t, n) not in have]) for name, t, steps in todo]
+    with kept.open("a", encoding="utf-8") as file:
+        for row in _more(run, [job for job in todo if job[2]]):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            known.append(row)
+    names = {"teacher": "teacher", "student": "second"}
+    rows = [{**row, "model": names[row["model"]], "temperature": 1.0} for row in measured["rows"]]
+    return {**measured, "rows": rows + known, "told": bounds(run), "samples": samples(run)}
+
+
+def _more(run: Run, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterator[dict[str, Any]]:
+    """Rows of the models of a run, by name, temperature and numbers of steps."""
+    if not todo:
+        return
+    args: EvaluationArguments = run.told(EvaluationArguments)
+    judge = run.task.open_judge(args)
+    for name, temperature, steps in todo:
+        asked = replace(args, eval_num_steps=list(steps))
+        sampling = SamplingArguments(temperature=temperature)
+        for row, _ in compare({name: run.models[name]}, judge, asked, 0, sampling, run.task.drawing):
+            yield {**row, "temperature": temperature}
+
+
+def bounds(run: Run) -> dict[str, dict[str, float]]:
+    """Bounds of -log p of what few steps make, nats a held-out sequence, by model and number of steps.
+
+    "apart" is the student whose positions are drawn from their own laws each: to the teacher it is what training on has
+    brought, to the student what its chain knows of the positions together. Empty where the latent is no chain.
+    """
+    student, heldout = run.models["student"], run.task.heldout
+    if not getattr(student.config, "has_chain", False):
+        return {}
+    size = min(BOUNDED, len(heldout))
+    x_0 = heldout.tokens[torch.arange(size) * len(heldout) // size].long()
+    keys = random.keys(0, size)
+    process: Any = process_of(student.config)
+    found: dict[str, dict[str, float]] = {}
+    for name in (MODELS[0], APART, *MODELS[1:]):
+        denoiser: Any = student.log_marginals if name == APART else run.models[name]
+        found[name] = {}
+        for k in (k for k in run.steps if k <= max(run.promised)):
+            steps = FewSteps(k) if name == APART else FewSteps.of(denoiser, k)
+            found[name][str(k)] = float(few_step_bounds(denoiser, process, x_0, keys, steps).mean())
+    return found
+
+
+def samples(run: Run) -> dict[str, dict[str, list[str]]]:
+    """The first samples that the figures stand on, drawn again: by model and number of steps."""
+    cutter = cutter_of(run.output)
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, model in run.models.items():
+        drawn = {n: generate(model, n, SHOWN, seed=0).tolist() for n in run.steps}
+        found[name] = {str(n): [cutter.decode(row) for row in rows] for n, rows in drawn.items()}
+    return found
