@@ -193,7 +193,31 @@ def _matched(scale: Scale, seeds: Seeds) -> list[str]:
                 other = perplexity_at(own.entropy, line(measured, "teacher", 2 * k))
                 held = "outside its entropies" if other is None else f"{other:.4g}"
                 lines.append(f"| {seed} | {NAMES[model]} | {k} | {own.perplexity:.4g} | {own.entropy:.3f} | {held} |")
-    return [*lines, ""]
+    return [*lines, "", *_apart(scale, seeds)]
+
+
+def _apart(scale: Scale, seeds: Seeds) -> list[str]:
+    """The student at k steps beside itself at 2k with each position drawn apart: the chain's part alone."""
+    lines = []
+    for seed, measured in seeds.items():
+        for k in scale.promised:
+            own, twice = point(measured, "student", k), line(measured, APART, 2 * k)
+            lines += [
+                f"| {seed} | {k} | {own.perplexity:.4g} | {own.entropy:.3f} | {other.perplexity:.4g} | "
+                f"{other.entropy:.3f} |"
+                for other in twice
+            ]
+    if not lines:
+        return []
+    return [
+        "The chain's part alone: the student at k steps, and at 2k with each position drawn from its own law, the "
+        "chain left out. It was trained on as long as the student, the teacher was not",
+        "",
+        "| seed | k | perplexity | entropy | apart at 2k | entropy |",
+        "|---" * 6 + "|",
+        *lines,
+        "",
+    ]
 
 
 def _told(seeds: Seeds) -> list[str]:

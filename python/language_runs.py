@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from recipes import Measured
+from torch import Tensor
 
 from di4c_ext import random
 from di4c_ext.arguments import DataArguments, read_yaml
+from di4c_ext.denoiser import inference
 from di4c_ext.evaluate import EvaluationArguments, compare
 from di4c_ext.generate import SamplingArguments, generate, open_model
 from di4c_ext.metrics.mixture_bound import FewSteps, few_step_bounds
+from di4c_ext.sampler import sample_ancestral, times
 from di4c_ext.systems import process_of
 from di4c_ext.text_arguments import TextArguments
 from di4c_ext.text_sources import cutter_of
@@ -42,6 +45,10 @@ class Run:
         folders = (self.output / "teacher", self.output / "stages" / "di4c", self.output)
         return {name: open_model(folder) for name, folder in zip(MODELS, folders, strict=True)}
 
+    @property
+    def has_chain(self) -> bool:
+        return bool(getattr(self.models["student"].config, "has_chain", False))
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         return read_yaml(self.output / "distill_config.yaml")
@@ -62,7 +69,10 @@ def measure(run: Run, measured: Measured) -> Measured:
     kept = run.output / "more.jsonl"
     known = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
     have = {(row["model"], row["temperature"], row["num_steps"]) for row in known}
-    todo = [("student", 1.0, run.steps), *(("teacher", t, [2 * k for k in run.promised]) for t in TEMPERATURES)]
+    twice = [2 * k for k in run.promised]
+    todo = [("student", 1.0, run.steps), *(("teacher", t, twice) for t in TEMPERATURES)]
+    if run.has_chain:
+        todo.append((APART, 1.0, twice))
     todo = [(name, t, [n for n in steps if (name, t, n) not in have]) for name, t, steps in todo]
     with kept.open("a", encoding="utf-8") as file:
         for row in _more(run, [job for job in todo if job[2]]):
@@ -81,10 +91,35 @@ def _more(run: Run, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterato
     args: EvaluationArguments = run.told(EvaluationArguments)
     judge = run.task.open_judge(args)
     for name, temperature, steps in todo:
+        if name == APART:
+            for n in steps:
+                row = {"model": APART, "temperature": temperature, "num_steps": n, "seed": 0}
+                yield {**row, "num_samples": args.eval_num_samples, **judge.measure(_drawn_apart(run, n, args))}
+            continue
         asked = replace(args, eval_num_steps=list(steps))
         sampling = SamplingArguments(temperature=temperature)
         for row, _ in compare({name: run.models[name]}, judge, asked, 0, sampling, run.task.drawing):
             yield {**row, "temperature": temperature}
+
+
+def _drawn_apart(run: Run, num_steps: int, args: EvaluationArguments) -> Tensor:
+    """Samples (N, D) of the student with each position drawn from its own law: what its chain knows is left out."""
+    student = run.models["student"]
+    process: Any = process_of(student.config)
+    keys = random.keys(0, args.eval_num_samples)
+    length = run.task.heldout.tokens.shape[1]
+
+    def apart(x_t: Tensor, t: Tensor) -> Tensor:
+        with inference(student, x_t.device):
+            said: Tensor = student.log_marginals(x_t, t)
+            return said
+
+    return torch.cat(
+        [
+            sample_ancestral(apart, process, process.prior((len(own), length), own), times(num_steps), own)
+            for own in keys.split(64)  # of the laws (64, D, S) of one chain's state three live at a time
+        ]
+    )
 
 
 def bounds(run: Run) -> dict[str, dict[str, float]]:
@@ -94,7 +129,7 @@ def bounds(run: Run) -> dict[str, dict[str, float]]:
     brought, to the student what its chain knows of the positions together. Empty where the latent is no chain.
     """
     student, heldout = run.models["student"], run.task.heldout
-    if not getattr(student.config, "has_chain", False):
+    if not run.has_chain:
         return {}
     size = min(BOUNDED, len(heldout))
     x_0 = heldout.tokens[torch.arange(size) * len(heldout) // size].long()

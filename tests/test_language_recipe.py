@@ -39,6 +39,7 @@ def measured(student: float = 100.0, entropy: float = 3.5) -> dict[str, Any]:
     for n in (8, 16, 32):
         add("teacher", n, 0.9, 100.0, 3.5)
         add("teacher", n, 1.1, 400.0, 3.7)
+        add("apart", n, 1.0, 123.0, 3.52)
     return {
         "rows": rows,
         "floors": {"perplexity": 40.0, "entropy": 3.8, **dict.fromkeys(list(language.FIGURES)[2:], 0.25)},
@@ -75,6 +76,7 @@ def test_report_says_what_was_measured() -> None:
     assert "| 3 | student (Di4C) | 8 | 141 | 3.550 | 141.4 |" in text
     assert "| 0 | second round (Di4C²) | 16 | 90 | 3.500 | 100 |" in text
     assert text.count("| yes |") == 6 and "4.250 on training text and 4.500 on held-out" in text
+    assert "| 3 | 8 | 141 | 3.550 | 123 | 3.520 |" in text and text.count("The chain's part alone") == 1
     assert "| 3 | student, each position apart | 400.0 | 280.5 |" in text and text.count("Likelihood of few steps") == 1
     assert "outside its entropies" in language.report(SMALL, {0: measured(50.0, 3.4)}, "smollm2")
 
@@ -152,10 +154,11 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Preset `language_small`" in (results / "language.md").read_text()
     assert plt.imread(results / "language.png").shape[:2] == (484, 1540)
     more = [json.loads(row) for row in (run / "more.jsonl").read_text().splitlines()]
-    assert len(more) == 7 + 2 * 3 and {row["temperature"] for row in more} == {1.0, *language.TEMPERATURES}
+    assert len(more) == 7 + 2 * 3 + 3 and {row["temperature"] for row in more} == {1.0, *language.TEMPERATURES}
     assert len(read) == 1 + 14 + 1 + len(more) and set(read) == {2}
     kept = json.loads((results / "language.json").read_text())["1"]
-    assert {row["model"] for row in kept["rows"]} == set(language.MODELS)
+    assert {row["model"] for row in kept["rows"]} == {*language.MODELS, language.APART}
+    more = [row for row in more if row["model"] != language.APART]
     (run / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more[:-1]))
     assert kept["told"]["apart"]["1"] > 0 and list(kept["told"]["second"]) == ["1", "2", "4", "8", "16"]
     made = language.Run(run, SMALL.steps, SMALL.promised)
