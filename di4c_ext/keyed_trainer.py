@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -146,6 +147,11 @@ class KeyedTrainer(SavingTrainer):
         model: PreTrainedModel = self._kind(copy.deepcopy(best.config))
         model.load_state_dict(state)
         return model.to(self.args.device)  # type: ignore[arg-type]  # as its stub has it
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; trainings one after the other in a process may each have a precision of their own."""
+        AcceleratorState._reset_state()
+        super().create_accelerator_and_postprocess()
 
     # One step
 

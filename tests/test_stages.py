@@ -42,10 +42,14 @@ def new_student(model: Any) -> CompactDenoiser:
     return CompactDenoiser.from_teacher(model, latent_dim=4, latent_hidden_size=8)
 
 
-def train(folder: Path, options: RunArguments | None = None, **more: Any) -> CompactDenoiser:
-    told = StageArguments(stages=ALL, sdtt_rounds=2, sdtt_step=0.1, stage_config={"di4c2": {"max_steps": 3}})
+STAGED = {"stages": ALL, "sdtt_rounds": 2, "sdtt_step": 0.1, "stage_config": {"di4c2": {"max_steps": 3}}}
+
+
+def train(
+    folder: Path, options: RunArguments | None = None, told: dict[str, Any] = STAGED, **more: Any
+) -> CompactDenoiser:
     made: Any = stages.train(
-        stages.plan(told, settings(folder, **more)),
+        stages.plan(StageArguments(**told), settings(folder, **more)),
         teacher(),
         new_student=new_student,
         process_of=process_of,
@@ -119,6 +123,19 @@ def test_a_run_that_was_cut_goes_on_at_its_stage(
     order = ["sdtt-1", "sdtt-2", "di4c", "student"]
     assert list(dict.fromkeys(trained)) == order[order.index(phase) :]
     assert trained.count(phase) == (3 if phase == "student" else 4) - 2
+
+
+def test_stages_may_differ_in_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = DistillTrainer.loss_parts, {}
+
+    def loss_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[self.progress.title] = str(self.accelerator.mixed_precision)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "loss_parts", loss_parts)
+    told = {"stages": ALL, "sdtt_step": 0.1, "stage_config": {"di4c": {"bf16": True}}}
+    train(tmp_path / "run", told=told, max_steps=1)
+    assert seen == {"sdtt": "no", "di4c": "bf16", "student": "no"}
 
 
 def test_ctrl_c_in_a_stage_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +238,7 @@ def test_one_config_runs_the_whole_way(
         "preset: digits_smoke\nstages: [sdtt, di4c, di4c2]\nsdtt_step: 0.05\nteacher_max_steps: 2\nmax_steps: 3\n"
         "stage_config: {sdtt: {max_steps: 2, learning_rate: 3e-4}, di4c2: {max_steps: 2}}\n"
         "eval_num_steps: [1]\neval_num_samples: 20\neval_seeds: [0]\nuse_cpu: true\ndisable_tqdm: true\n"
+        "logging_steps: 1\n"
     )
     original = DistillTrainer.loss_parts
 
@@ -242,6 +260,8 @@ def test_one_config_runs_the_whole_way(
     assert load_model(output).config.is_student
     rows = json.loads((output / "evaluation.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {"teacher", "student"}
+    page = (output / "report.html").read_text()
+    assert "SDTT, 1 round: how far" in page and "The parts of the first round" in page
     stored = arguments.read_yaml(output / "distill_config.yaml")
     assert stored["stages"] == ALL and stored["stage_config"]["di4c2"] == {"max_steps": 2}
     with pytest.raises(SystemExit):
