@@ -24,6 +24,7 @@ _TWICE = 2.0  # seconds within which two signals are one
 SHARES = ("time_data", "time_teacher", "time_student", "time_loss")
 # What a line of metrics says of the machine and the hour. A resumed run writes all else as the uninterrupted one does.
 TIMING = ("seconds", "samples_per_second", "tokens_per_second", *SHARES, "peak_memory_gib")
+LATENCY = ("latency", "latency_1")  # of rows of an evaluation
 
 
 class EmaCallback(TrainerCallback):
@@ -91,8 +92,9 @@ class MetricsCallback(TrainerCallback):
 
 
 def untimed(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without `TIMING`: what a run that was resumed has in common with one that never stopped."""
-    return {name: value for name, value in line.items() if name not in TIMING}
+    """A line of metrics without `TIMING` and `LATENCY`: what a run that was resumed has in common with one that never
+    stopped."""
+    return {name: value for name, value in line.items() if name not in (*TIMING, *LATENCY)}
 
 
 def append_metrics(file: Path, line: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ _REMEDY = "use another checkpoint"
 def seal(folder: Path) -> None:
     """Writes the list of all files in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
-    told = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    told = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest(path)] for path in files}
     (folder / NAME).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -26,13 +26,13 @@ def verify(folder: Path) -> None:
     """Raises ValueError naming the first file that is missing or is not as it was written; without a list, nothing."""
     if not (folder / NAME).is_file():
         return
-    for name, (size, digest) in _listed(folder / NAME).items():
+    for name, (size, written) in _listed(folder / NAME).items():
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file}: is missing, so the checkpoint is not whole; {_REMEDY}")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: truncated or damaged ({file.stat().st_size} bytes of {size}); {_REMEDY}")
-        if _digest(file) != digest:
+        if digest(file) != written:
             raise ValueError(f"{file}: damaged, its SHA-256 is not the one it was written with; {_REMEDY}")
 
 
@@ -60,7 +60,7 @@ def check_archive(file: Path) -> None:
 def _listed(file: Path) -> dict[str, tuple[int, str]]:
     try:
         held: Any = json.loads(file.read_text(encoding="utf-8"))
-        listed = {str(name): (int(size), str(digest)) for name, (size, digest) in held.items()}
+        listed = {str(name): (int(size), str(written)) for name, (size, written) in held.items()}
     except (AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{file}: not a readable list of files ({error}); {_REMEDY}") from error
     outside = [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]
@@ -69,7 +69,8 @@ def _listed(file: Path) -> dict[str, tuple[int, str]]:
     return listed
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with open(file, "rb") as handle:
         while piece := handle.read(1 << 20):

