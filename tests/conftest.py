@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +71,22 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def reference_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve every op by the reference."""
     monkeypatch.setenv("DI4C_NATIVE", "off")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refused(main, *argv) runs a command that must refuse: exit code 2 and, at the end, one line, which it returns."""
+    from di4c_ext import arguments  # with transformers, which most tests do without
+
+    def refuse(main: Callable[[list[str]], int], *argv: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            arguments.run(main, [str(word) for word in argv])
+        shown = capsys.readouterr()
+        lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(lines) == 1 and shown.err.endswith(lines[0] + "\n"), shown
+        return lines[0]
+
+    return refuse
 
 
 @pytest.fixture(autouse=True)

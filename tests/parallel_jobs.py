@@ -118,7 +118,9 @@ def _words(folder: Path) -> None:
         processes.on_first(lambda: checkpoints.claim(folder / "taken", "x.yaml", resume=False, overwrite=False))
 
 
-class _At(TrainerCallback):
+class At(TrainerCallback):
+    """Does something after a step."""
+
     def __init__(self, step: int, action: Any) -> None:
         self.step, self.action = step, action
 
@@ -131,7 +133,7 @@ def _stop_together(folder: Path) -> None:
     """One process is told to stop; both do, after the same step."""
     trainer = distillation(folder, per_device_train_batch_size=4, max_steps=20)
     if processes.rank() == 1:
-        trainer.add_callback(_At(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
     trainer.train()
     assert trainer.interrupt.interrupted and trainer.state.global_step == 3
     assert len(set(processes.tell_all(trainer.state.global_step))) == 1

@@ -1,4 +1,4 @@
-"""The programs of the checkout as modules; a module of tests is skipped where they are not at hand."""
+"""The programs of the checkout as modules: its recipes and its benchmarks; tests are skipped where they are not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "python"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def program(name: str) -> Any:
-    """python/NAME.py, whatever module of tests has the same name."""
-    if not (FOLDER / f"{name}.py").is_file():
+    """python/NAME.py."""
+    return _loaded(ROOT / "python", name)
+
+
+def benchmark(name: str) -> Any:
+    """benchmarks/NAME.py."""
+    return _loaded(ROOT / "benchmarks", name)
+
+
+def _loaded(folder: Path, name: str) -> Any:
+    """FOLDER/NAME.py once, whatever helper of tests has the same name; it finds the modules that lie beside it."""
+    if not (folder / f"{name}.py").is_file():
         pytest.skip("the programs of the checkout are not here", allow_module_level=True)
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
-    known = f"programs.{name}"
+    known = f"programs.{folder.name}.{name}"
     if known not in sys.modules:
-        spec: Any = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
+        spec: Any = importlib.util.spec_from_file_location(known, folder / f"{name}.py")
         sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
+        sys.path.insert(0, str(folder))
+        try:
+            spec.loader.exec_module(sys.modules[known])
+        finally:
+            sys.path.remove(str(folder))
     return sys.modules[known]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,26 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from programs import benchmark
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPE = (2, 3, 5, 40)  # B, L, D, S
 
 
-def _module(name: str) -> Any:
-    """A helper of the benchmarks, by a name that no test's helper has."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-cases, measuring, report = _module("cases"), _module("measuring"), _module("report")
+cases, measuring, report = benchmark("cases"), benchmark("measuring"), benchmark("report")
 
 
 @pytest.mark.parametrize("form", ["plain", "published"])

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from programs import benchmark
 
 from di4c_ext.loss import Di4CObjective
 
 D, L, TOKENS, WIDTH = 24, 3, 61, 8
-
-
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    try:
-        import bench_language
-    finally:
-        sys.path.pop(0)
-    return bench_language
+bench = benchmark("bench_language")
 
 
 @pytest.mark.parametrize("time", [0.5, 1 / 64])
-def test_both_ways_are_one_loss(bench: Any, time: float) -> None:
+def test_both_ways_are_one_loss(time: float) -> None:
     """With the draws of the published way, term by term."""
     s = bench.setting(L, D, torch.device("cpu"), TOKENS, WIDTH)
     g = torch.Generator().manual_seed(1)
@@ -67,23 +55,37 @@ def test_both_ways_are_one_loss(bench: Any, time: float) -> None:
     torch.testing.assert_close(mine[0], again[0], rtol=1e-3, atol=1e-4 * again[0].abs().max().item())
 
 
-def test_both_ways_run(bench: Any) -> None:
+def test_both_ways_run() -> None:
     s = bench.setting(L, D, torch.device("cpu"), TOKENS, WIDTH)
     for way in (bench.ours, bench.published_way):
         for time in (1.0, 0.5, 0.01):
             assert way(s, time).isfinite()
 
 
-def test_the_count(bench: Any) -> None:
+def test_the_count() -> None:
     """At full size under 2 GB, most of it the constants of the ops and the head's gradient."""
-    sys.path.insert(0, str(Path(bench.__file__).parent))
-    try:
-        import language_step
-    finally:
-        sys.path.pop(0)
+    language_step = benchmark("language_step")
     full = language_step.counted(1024, 16)
     assert sum(full.values()) < language_step.LIMIT
     assert full["gradient of the head"] == 4 * 50257 * 768
     # The published way's least, of 1,024 positions and 16 latents: the 24 GiB of the reference.
     logits = 4 * 16 * 1024 * 50258
     assert 23 < language_step.STATE_SIZED["least"] * logits / 2**30 < 25
+
+
+def test_a_row_is_put_in_its_place() -> None:
+    language_step = benchmark("language_step")
+    table = [
+        language_step.HEAD,
+        "|---|",
+        "| CPU | di4c | 16 | 1024 | 0.125 | 3.0 | a |",
+        "| CPU | di4c | 4 | 64 | 0.5 |",
+    ]
+    page = "\n".join(["# Title", "", *table, "", "text"]) + "\n"
+    new = "| CPU | di4c | 16 | 1024 | 0.125 | 2.0 | b |"
+    assert language_step.saved(page, new) == page.replace(table[2], new)
+    other = "| CPU | di4c | 16 | 1024 | 1 | 9.0 | c |"
+    assert language_step.saved(page, other) == page.replace(table[3], f"{table[3]}\n{other}")
+    assert language_step.saved(language_step.saved(page, other), other) == language_step.saved(page, other)
+    with pytest.raises(ValueError, match="the page has no table"):
+        language_step.saved("# Title\n", new)

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import benchmark
 from torch.profiler import ProfilerActivity, profile
 
 from di4c_ext import ops, random
 from di4c_ext.loss import Di4CObjective
 from di4c_ext.process import GaussianProcess
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+bench = benchmark("bench_pixels")
 B, L, D, S = 2, 3, 48, 32
 PROCESS = GaussianProcess(S, rate_sigma=3.0, q_sigma=64.0, time_base=1.0)
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark's own module, whose helpers lie beside it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import bench_pixels
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return bench_pixels
-
-
 @pytest.fixture
-def recorded(bench, monkeypatch):
+def recorded(monkeypatch):
     """One step of ours: its setting, its parts, and what it drew, in the order in which the published way asks."""
     s = bench.setting(B, L, torch.device("cpu"), D, PROCESS)
     drawn, seen = [], {"student": [], "teacher": []}
@@ -64,7 +52,7 @@ def recorded(bench, monkeypatch):
     return s, parts, chances, [x_t, x_tau, x_0.flatten(0, 1), x_u.flatten(0, 1), targets]
 
 
-def test_the_published_step_gives_our_loss_from_our_draws(bench, recorded):
+def test_the_published_step_gives_our_loss_from_our_draws(recorded):
     """In float64, for the published head loses digits where a state is improbable (1e-2 of a sample's 60 nats here)."""
     s, parts, chances, draws = recorded
     given = iter(draws)
@@ -87,7 +75,7 @@ def test_the_published_step_gives_our_loss_from_our_draws(bench, recorded):
         torch.testing.assert_close(their.float(), value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
 
 
-def test_the_published_laws_are_the_process(bench):
+def test_the_published_laws_are_the_process():
     """Of the noised state and of the step back, position by position."""
     x_0, x_t = torch.arange(2 * S).view(2, S) % S, torch.full((2, S), S // 3)
     t, s = torch.tensor([0.3, 0.7], dtype=torch.float64), torch.tensor([0.25, 0.6], dtype=torch.float64)
@@ -116,7 +104,7 @@ def largest(call):
     return max(e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
-def test_no_tensor_of_all_states_at_the_published_size(bench):
+def test_no_tensor_of_all_states_at_the_published_size():
     """Forward and backward of one image: not even one byte to each of its (L, D, S) numbers; the published way has
     four to each, though of fewer latents."""
     device = torch.device("cpu")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from programs import benchmark
 from torch.profiler import ProfilerActivity, profile
 
 from di4c_ext import ops, random
@@ -15,23 +13,12 @@ from di4c_ext.models import TokenConfig, TokenDenoiser
 from di4c_ext.process import ConfidenceProcess
 from di4c_ext.sampler import reveal_counts, sample_confidence
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     **{"num_codes": 6, "num_classes": 3, "grid": [2, 4], "hidden_size": 8, "num_layers": 2, "num_heads": 2},
     **{"mlp_size": 16, "dropout": 0.0, "attention_dropout": 0.0, "latent_embed_dim": 4, "latent_hidden_size": 8},
 }
+bench = benchmark("bench_tokens")
 B, L, D, S, MASK = 3, 4, 8, 7, 6
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark's own module, whose helpers lie beside it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import bench_tokens
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return bench_tokens
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +32,7 @@ def networks():
     return teacher.double().eval(), student.double()
 
 
-def test_the_published_network_is_ours(bench, networks):
+def test_the_published_network_is_ours(networks):
     x = torch.randint(S, (5, D), generator=torch.Generator().manual_seed(1))
     labels, z = torch.tensor([0, 1, 2, 3, 1]), torch.linspace(0, 1, 5, dtype=torch.float64)[:, None]
     known = labels.clamp(max=2)
@@ -59,7 +46,7 @@ def test_the_published_network_is_ours(bench, networks):
 
 
 @pytest.mark.parametrize("near", [False, True])
-def test_the_published_step_gives_our_loss_from_our_draws(bench, networks, near, monkeypatch):
+def test_the_published_step_gives_our_loss_from_our_draws(networks, near, monkeypatch):
     teacher, student = networks
     x_0 = torch.randint(MASK, (B, D), generator=torch.Generator().manual_seed(2))
     labels, drawn = torch.tensor([2, 0, 1]), []
@@ -115,7 +102,7 @@ def test_the_published_step_gives_our_loss_from_our_draws(bench, networks, near,
         torch.testing.assert_close(their, value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_published_step_reveals_what_ours_does(bench, monkeypatch):
+def test_the_published_step_reveals_what_ours_does(monkeypatch):
     """Of the same tokens, without noise: the same positions, as many."""
     published, process = bench.published, ConfidenceProcess(S, mask_id=MASK, gumbel=0.0)
     x_0 = torch.randint(MASK, (B, D), generator=torch.Generator().manual_seed(3))
@@ -137,7 +124,7 @@ def test_the_published_step_reveals_what_ours_does(bench, monkeypatch):
     assert share.item() == pytest.approx(process.mask_prob(torch.tensor(0.7)).item(), abs=0.01)
 
 
-def test_the_published_sampler_is_ours(bench):
+def test_the_published_sampler_is_ours():
     """Of a network that leaves next to no choice, guided: the same codes, and as many at every step."""
     torch.manual_seed(0)
     published, seen = bench.published, []
@@ -180,7 +167,7 @@ def asked_for(call):
     return max(sizes), peak
 
 
-def test_all_but_the_network_stays_under_its_limit(bench):
+def test_all_but_the_network_stays_under_its_limit():
     """At the published size: B = 2, L = 32, D = 256, S = 1025, in bytes that torch asks for; the published way needs
     twice as many, here for an eighth of the latents."""
     device = torch.device("cpu")

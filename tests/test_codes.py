@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import VQ
 
 from di4c_ext import codes, data, random
 from di4c_ext.augment import flip_images
@@ -23,17 +24,12 @@ from di4c_ext.models import TokenConfig, TokenDenoiser, VQConfig, VQModel
 from di4c_ext.process import ConfidenceProcess
 from di4c_ext.trainer import PretrainTrainer
 
-VQ = {
-    **{"num_codes": 300, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attention_scales": [], "z_channels": 4, "image_size": 8, "num_channels": 1},
-}
-
 
 @pytest.fixture
 def vq() -> VQModel:
     """Untrained, its codes spread as its encoder's places are, so that images tell them apart."""
     torch.manual_seed(0)
-    model = VQModel(VQConfig(**VQ)).eval()
+    model = VQModel(VQConfig(**VQ | {"num_codes": 300}, image_size=8, num_channels=1)).eval()
     with torch.no_grad():
         z = model.quant_conv(model.encoder(2 * torch.rand(75, 1, 8, 8) - 1)).permute(0, 2, 3, 1).reshape(-1, 4)
         model.quantize.embedding.weight.copy_(z[torch.randperm(len(z))[:300]])

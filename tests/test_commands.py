@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True)
+def _cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DI4C_CACHE", str(cache))
+
+
 @pytest.fixture(scope="module")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the shortened preset; tests read it and leave it as it is."""
@@ -48,23 +53,6 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert f"report: {output / 'report.html'}" in done.stdout
     assert "steps" in done.stdout and "teacher" in done.stdout and "student" in done.stdout
     return output
-
-
-@pytest.fixture
-def refused(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must refuse: exit code 2 and one line, which is returned."""
-    monkeypatch.setenv("DI4C_CACHE", str(cache))
-
-    def refuse(main: Callable[[Sequence[str]], int], *argv: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            arguments.run(main, [str(word) for word in argv])
-        shown = capsys.readouterr()
-        assert stop.value.code == 2, shown
-        lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and shown.err.endswith(lines[0] + "\n"), shown.err
-        return lines[0]
-
-    return refuse
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -217,7 +205,8 @@ def test_sample(finished: Path, cache: Path, tmp_path: Path, refused: Callable[.
 
 
 def test_evaluate(finished: Path, cache: Path, refused: Callable[..., str]) -> None:
-    done = _command(cache, "evaluate", "--model", finished, "--eval_num_steps", 1, "--eval_num_samples", 100)
+    quick = ["--eval_num_bootstraps", 0, "--eval_num_turns", 0, "--output_dir", cache / "measured"]
+    done = _command(cache, "evaluate", "--model", finished, "--num_steps", 1, "--eval_num_samples", 100, *quick)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     known = [row for row in read_metrics(finished / "metrics.jsonl") if row.get("model") == "student"]
@@ -233,6 +222,13 @@ def test_pretrain_on_own_images(cache: Path, tmp_path: Path, refused: Callable[.
     assert pretrain.main([str(word) for word in words]) == 0
     teacher = CompactDenoiser.from_pretrained(tmp_path / "teacher")
     assert (teacher.config.num_states, teacher.config.length, teacher.config.image_shape) == (4, 15, [3, 5])
+    card = (tmp_path / "teacher" / "README.md").read_text()
+    assert "# A teacher of mine" in card and "Trained for 3 steps on batches of 16 images, learning rate 0.001" in card
+    assert re.search(r"in nats an image: \d+\.\d on \d+ training images, \d+\.\d on \d+ held-out ones", card)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    space: dict[str, torch.Tensor] = {}
+    exec(code, space)
+    assert space["samples"].shape == (16, 15)
     assert "holds another run (pretrain_config.yaml)" in refused(pretrain.main, *words)
     assert "unknown flag '--num_latents'" in refused(pretrain.main, *QUICK, "--num_latents", 3)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import TOKENS, VQ
 from torch import Tensor
 
 from di4c_ext import codes, random, sample
@@ -18,14 +19,7 @@ from di4c_ext.models import TokenConfig, TokenDenoiser, VQConfig, VQModel
 from di4c_ext.sampler import sample_confidence
 from di4c_ext.systems import latents_of, load_model, process_of
 
-VQ = {
-    **{"num_codes": 12, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attention_scales": [], "z_channels": 4, "image_size": 8},
-}
-NETWORK = {
-    **{"num_codes": 12, "num_classes": 3, "grid": 4, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 8},
-    **{"embedding_std": 0.5, "latent_embed_dim": 4, "latent_hidden_size": 8},
-}
+NETWORK = TOKENS | {"num_codes": 12, "num_classes": 3, "grid": 4, "embedding_std": 0.5, "mask_logit": True}
 MASK, D = 12, 16
 
 
@@ -34,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of image tokens with its teacher and its VQ model, of three channels, untrained."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    vq = VQModel(VQConfig(**VQ, num_channels=3))
+    vq = VQModel(VQConfig(**VQ, image_size=8, num_channels=3))
     teacher = TokenDenoiser(TokenConfig(**NETWORK, codebook=vq.fingerprint()))
     student = TokenDenoiser.from_teacher(teacher)
     for model, place in ((vq, "vq"), (teacher, "teacher"), (student, ".")):

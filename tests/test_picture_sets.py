@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import VQ, as_words
 
 from di4c_ext import codes, data, lazy_rows, picture_sets
 from di4c_ext.lazy_rows import LazyRows
@@ -18,10 +19,6 @@ from di4c_ext.models import VQConfig, VQModel
 
 image = pytest.importorskip("PIL.Image")
 SIZE = 8
-VQ = {
-    **{"num_codes": 12, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attention_scales": [], "z_channels": 4, "image_size": SIZE, "num_channels": 3},
-}
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_codes_of_more_pictures_than_memory_holds(
 ) -> None:
     """No more of them are read together than are noted together, and the codes are mapped too."""
     torch.manual_seed(0)
-    vq = VQModel(VQConfig(**VQ)).eval()
+    vq = VQModel(VQConfig(**VQ, image_size=SIZE, num_channels=3)).eval()
     whole, lazy = both_ways(folder, monkeypatch, image_size=SIZE, horizontal_flip=True)
     wanted = codes.codes_of(whole, vq, tmp_path / "cache")
     asked: list[int] = []
@@ -169,7 +166,7 @@ def test_the_whole_way_with_more_pictures_than_memory_holds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VQ model, codes, teacher, student, samples and figures, and nobody asks for all of the pictures at once."""
-    from test_tokens_commands import NETWORK, _distill, _vq, _words
+    from test_tokens_commands import NETWORK, _distill, _vq
 
     from di4c_ext import distill, evaluate, pretrain
     from di4c_ext.metrics import features
@@ -193,5 +190,6 @@ def test_the_whole_way_with_more_pictures_than_memory_holds(
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
     assert len(rows) == 4 and all(row["frechet_features"] >= 0 for row in rows)
     words = {"model": run, "dataset_name": folder, "eval_num_samples": 6, "eval_num_steps": 1, "eval_seeds": 0, **told}
-    assert evaluate.main(_words(words)) == 0
+    quick = {"eval_num_bootstraps": 0, "eval_num_turns": 0}
+    assert evaluate.main(as_words(words | quick)) == 0
     assert max(asked) == 16, "what is done with all of them is done piece by piece"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import UNET, as_words
 from test_image_files import cifar10
 
 from di4c_ext import checkpoints, distill, pretrain, random
@@ -18,19 +19,8 @@ from di4c_ext.models import CompactConfig, CompactDenoiser, UNetConfig, UNetDeno
 from di4c_ext.process import GaussianProcess, UniformProcess
 from di4c_ext.systems import latents_of, load_model, process_of
 
-NETWORK = {
-    "base_channels": 4,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attention_scales": [1],
-    "time_embed_dim": 4,
-    "dropout": 0.1,
-}
+NETWORK = UNET | {"dropout": 0.1}
 CONSTANTS = {"rate_sigma": 2, "q_sigma": 30, "time_base": 0.3}
-
-
-def _words(settings: dict[str, Any]) -> list[str]:
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in settings.items()]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +63,10 @@ def _distill(images: Path, output: Path, **more: Any) -> list[str]:
         "distillation_rows": 2,
         "eval_num_samples": 8,
         "hybrid": 1,
+        "eval_num_steps": [2, 3],
         "output_dir": output,
     }
-    return [*_words(_settings(images) | own | more), "--eval_num_steps", "2", "3"]
+    return as_words(_settings(images) | own | more)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +137,7 @@ def test_pretrain_and_its_resume(
     constants = CONSTANTS if process == "gaussian" else {"schedule": "cosine"}
     own = {"process": process, "process_config": constants, "max_steps": 4, "per_device_train_batch_size": 8}
     own |= {"model_config": NETWORK, "save_steps": 2, "time_min": 0.05, "horizontal_flip": True, "output_dir": folder}
-    assert pretrain.main(_words(_settings(images) | own)) == 0
+    assert pretrain.main(as_words(_settings(images) | own)) == 0
     shown = capsys.readouterr().out
     assert "denoising cross-entropy in nats an image, mean over t in [0.05, 1]: " in shown
     assert "on 50 training images" in shown and "on 10 held-out ones" in shown
@@ -172,12 +163,11 @@ def test_uniform_noise_distils_too(images: Path, tmp_path: Path) -> None:
 
 def test_the_published_preset_with_a_teacher_of_ones_own(tmp_path: Path) -> None:
     """A converted teacher has no process_config of its own: that is the published process."""
-    small = {"base_channels": 4, "ch_mult": [1], "num_res_blocks": 1, "attention_scales": [], "time_embed_dim": 4}
-    UNetDenoiser(UNetConfig(**small)).save_pretrained(tmp_path / "teacher")
+    UNetDenoiser(UNetConfig(**UNET | {"ch_mult": [1], "attention_scales": []})).save_pretrained(tmp_path / "teacher")
     cifar10(tmp_path / "cifar10")
     words = {"preset": "pixels", "dataset_name": tmp_path / "cifar10", "output_dir": tmp_path / "out", "use_cpu": True}
     words["teacher_model_name_or_path"] = tmp_path / "teacher"
-    job = distill.Run(_words(words))
+    job = distill.Run(as_words(words))
     config = job.teacher_args.config(job.args)
     distill.check(job, config)
     assert (job.train.layout, job.train.shape, job.train.num_states, job.train.horizontal_flip) == (

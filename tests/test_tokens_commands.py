@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import TOKENS, VQ, as_words
 
 from di4c_ext import codes, data, distill, evaluate, pretrain, random, sample
 from di4c_ext.callbacks import read_metrics
+from di4c_ext.evaluation.compare import TIMED
 from di4c_ext.generate import SamplingArguments, generate
 from di4c_ext.metrics.features import classifier
 from di4c_ext.models import TokenDenoiser, VQConfig, VQModel
@@ -22,19 +24,8 @@ from di4c_ext.sampler import sample_confidence
 from di4c_ext.systems import latents_of, load_model, process_of
 from di4c_ext.trainer import DistillTrainer
 
-VQ = {
-    **{"num_codes": 12, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attention_scales": [], "z_channels": 4},
-}
-NETWORK = {
-    **{"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 8, "dropout": 0.1, "attention_dropout": 0.1},
-    **{"embedding_std": 0.3, "mask_logit": False, "latent_embed_dim": 4, "latent_hidden_size": 8},
-}
+NETWORK = TOKENS | {"dropout": 0.1, "attention_dropout": 0.1}
 CLASSES = 3
-
-
-def _words(settings: dict[str, Any]) -> list[str]:
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in settings.items()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +57,7 @@ def _shared(images: Path, output: Path) -> dict[str, Any]:
 
 def _vq(images: Path, output: Path, **more: Any) -> list[str]:
     own = {"kind": "vq", "max_steps": 6, "per_device_train_batch_size": 8, "restart_steps": 2, "model_config": VQ}
-    return _words(_shared(images, output) | own | {"save_steps": 3} | more)
+    return as_words(_shared(images, output) | own | {"save_steps": 3} | more)
 
 
 def _distill(images: Path, vq: Path, output: Path, **more: Any) -> list[str]:
@@ -74,8 +65,9 @@ def _distill(images: Path, vq: Path, output: Path, **more: Any) -> list[str]:
         **{"vq_model": vq, "teacher_max_steps": 4, "teacher_per_device_train_batch_size": 8},
         **{"teacher_model_config": NETWORK, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4},
         **{"num_latents": 3, "num_targets": 2, "eval_num_samples": 12, "eval_batch_size": 5},
+        "eval_num_steps": [1, 3],
     }
-    return [*_words(_shared(images, output) | own | more), "--eval_num_steps", "1", "3"]
+    return as_words(_shared(images, output) | own | more)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +241,7 @@ def test_samples_hang_on_their_own_class_and_key(finished: Path) -> None:
 
 
 def test_sample_by_classes(finished: Path, vq: Path, tmp_path: Path) -> None:
-    words = _words({"model": finished, "num_steps": 2, "num_samples": 5, "output": tmp_path / "two"})
+    words = as_words({"model": finished, "num_steps": 2, "num_samples": 5, "output": tmp_path / "two"})
     assert sample.main([*words, "--labels", "2", "0"]) == 0
     with np.load(tmp_path / "two.npz") as written:
         assert written["labels"].tolist() == [2, 0, 2, 0, 2]
@@ -259,7 +251,7 @@ def test_sample_by_classes(finished: Path, vq: Path, tmp_path: Path) -> None:
         decoded = codes.Decoder(codes.open_vq(vq))(made).view(5, 8, 8)
         assert written["images"].dtype == np.uint8 and np.array_equal(written["images"], decoded.numpy())
     assert (tmp_path / "two.png").is_file()
-    assert sample.main(_words({"model": finished / "teacher", "num_steps": 1, "output": tmp_path / "all"})) == 0
+    assert sample.main(as_words({"model": finished / "teacher", "num_steps": 1, "output": tmp_path / "all"})) == 0
     with np.load(tmp_path / "all.npz") as written:
         assert written["labels"][:4].tolist() == [0, 1, 2, 0] and written["images"].shape == (64, 8, 8)
     other = VQModel(VQConfig(image_size=8, num_channels=1, **VQ))
@@ -274,22 +266,26 @@ def test_sample_by_classes(finished: Path, vq: Path, tmp_path: Path) -> None:
             sample.main([*words, *flags])
     alone = shutil.copytree(finished / "teacher", tmp_path / "alone" / "teacher")
     with pytest.raises(ValueError, match="no folder 'vq' lies in it; name its VQ model by --vq_model"):
-        sample.main(_words({"model": alone, "output": tmp_path / "none"}))
+        sample.main(as_words({"model": alone, "output": tmp_path / "none"}))
 
 
 def test_evaluate_measures_what_the_run_did(images: Path, finished: Path, tmp_path: Path) -> None:
     words = {"model": finished, "teacher": finished / "teacher", "dataset_name": images, "num_states": 256}
-    more = {"eval_num_samples": 12, "eval_batch_size": 12, "eval_seeds": 0, "output_file": tmp_path / "rows.jsonl"}
-    assert evaluate.main([*_words(words | more), "--eval_num_steps", "1", "3"]) == 0
+    more = {"eval_num_samples": 12, "eval_batch_size": 12, "eval_seeds": 0, "output_dir": tmp_path / "measured"}
+    quick = {"eval_num_bootstraps": 0, "eval_num_turns": 0, "output_file": tmp_path / "rows.jsonl"}
+    assert evaluate.main([*as_words(words | more | quick), "--eval_num_steps", "1", "3"]) == 0
     head, *rows = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     told = json.loads((finished / "evaluation.json").read_text())
     assert head["floors"] == told["floors"] and len(rows) == 4
+    other = (*TIMED, "batch_size")  # which the run had another of
     for row, one in zip(rows, told["rows"], strict=True):
-        assert {key: row[key] for key in row if key != "seconds"} == {
+        assert {key: row[key] for key in row if key not in other} == {
             key: pytest.approx(value) if isinstance(value, float) else value
             for key, value in one.items()
-            if key != "seconds"
+            if key not in other
         }
+    told = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert [row["num_evaluations"] for row in told["rows"]] == [1, 1, 3, 3] and told["latents"][0]["t"] == 1
 
 
 def test_classes_reach_the_objective_and_a_guided_teacher_is_asked_without(
@@ -325,19 +321,19 @@ def test_a_network_without_classes(images: Path, vq: Path, tmp_path: Path) -> No
         np.savez(tmp_path / "plain.npz", images=file["images"])
     output = tmp_path / "teacher"
     own = {"vq_model": vq, "max_steps": 2, "per_device_train_batch_size": 8, "model_config": NETWORK}
-    assert pretrain.main(_words(_shared(tmp_path / "plain.npz", output) | own)) == 0
+    assert pretrain.main(as_words(_shared(tmp_path / "plain.npz", output) | own)) == 0
     teacher = load_model(output)
     assert teacher.config.num_classes == 0 and (output / "vq" / "config.json").is_file()
     assert generate(teacher, 2, 3, seed=0).max() < 12
     with pytest.raises(ValueError, match="was trained without classes"):
         generate(teacher, 2, 3, seed=0, options=SamplingArguments(class_guidance=1))
     with pytest.raises(ValueError, match="was trained without classes; leave them out"):
-        sample.main(_words({"model": output, "labels": 1}))
+        sample.main(as_words({"model": output, "labels": 1}))
 
 
 def test_codes_by_command(images: Path, vq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = _shared(images, tmp_path / "unused") | {"kind": "codes", "vq_model": vq}
-    assert pretrain.main(_words(words)) == 0
+    assert pretrain.main(as_words(words)) == 0
     assert "60 images of 'rows' as 4 x 4 codes" in capsys.readouterr().out
     assert not (tmp_path / "unused").exists()
 
@@ -378,7 +374,9 @@ def test_refuses_before_anything_is_written(images: Path, vq: Path, finished: Pa
             distill.main(_distill(images, vq, output, **change))
         assert message in str(error.value), (change, str(error.value))
         assert not output.exists(), change
-    without = [word for word in _distill(images, vq, output) if not word.startswith("--vq_model")]
+    without = _distill(images, vq, output)
+    at = without.index("--vq_model")
+    del without[at : at + 2]
     with pytest.raises(ValueError, match="train one by `python -m di4c_ext"):
         distill.main(without)
     for change, message in (

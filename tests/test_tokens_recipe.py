@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import VQ
 from programs import program
-from test_tokens_commands import NETWORK, VQ
+from test_tokens_commands import NETWORK
 
 from di4c_ext import arguments
 from di4c_ext.distill import StudentConfig, TeacherArguments, _without_vq

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from parallel_jobs import At
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from di4c_ext import checkpoints, data, random
 from di4c_ext.callbacks import append_metrics, read_metrics, untimed
@@ -66,17 +67,6 @@ def _pretrain(images: data.ImageTokens, folder: Path, **settings: Any) -> Pretra
     return PretrainTrainer(_model(), process=AbsorbingProcess(17), args=args, train_dataset=images)
 
 
-class _At(TrainerCallback):
-    """Does something after a step."""
-
-    def __init__(self, step: int, action: Any) -> None:
-        self.step, self.action = step, action
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.action()
-
-
 def _lines(folder: Path) -> list[dict[str, Any]]:
     return [untimed(line) for line in read_metrics(folder / "metrics.jsonl")]
 
@@ -89,7 +79,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(
     whole = make(images, tmp_path / "whole")
     whole.train()
     broken = make(images, tmp_path / "broken")
-    broken.add_callback(_At(stop - 1, lambda: os.kill(os.getpid(), signal.SIGINT)))  # seen one step later
+    broken.add_callback(At(stop - 1, lambda: os.kill(os.getpid(), signal.SIGINT)))  # seen one step later
     broken.train()
     assert broken.interrupt.interrupted and broken.state.global_step == stop
     assert checkpoints.latest(tmp_path / "broken") == tmp_path / "broken" / f"checkpoint-{stop}"
@@ -143,7 +133,7 @@ def test_average_follows_its_definition(images: data.ImageTokens, tmp_path: Path
         expected.lerp_(trainer.model.head.weight.detach(), 1 - min(0.5, (1 + n) / (10 + n)))
 
     for step in range(1, STEPS + 1):
-        trainer.add_callback(_At(step, follow))
+        trainer.add_callback(At(step, follow))
     trainer.train()
     torch.testing.assert_close(trainer.best_model().head.weight.detach(), expected)
 
@@ -215,7 +205,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(
         else:
             monkeypatch.setattr(os, "fsync", full)
 
-    trainer.add_callback(_At(6, fill_the_disk))
+    trainer.add_callback(At(6, fill_the_disk))
     with pytest.raises(OSError, match=r"checkpoint-10: no space left on the disk; .*checkpoint-5 is whole; free some"):
         trainer.train()
     monkeypatch.undo()
