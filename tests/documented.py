@@ -17,6 +17,7 @@ import dits
 import language
 import numpy as np
 import torch
+from commands import COMPACT, DIT, TOKENS, UNET, VQ, as_words
 from safetensors.torch import save_file
 from test_convert import SIZE, laid_out
 from test_convert_tokens import maskgit
@@ -34,33 +35,24 @@ ELSEWHERE = {
     "pip install .": (".ci/run", 'pip" wheel -q .'),
     "pip install '.[all]'": ("Makefile", '"$(WHEEL)[$(1)]"'),
     "python python/plain_loop.py": ("tests/test_method.py", '"plain_loop.py"'),
+    "python -m di4c_ext.distill --output_dir runs/mine --replay FILE": ("tests/test_replay.py", '"--replay", found[1]'),
 }
 QUIET = ["--use_cpu", "--disable_tqdm", "true"]
 TRAINED = [*QUIET, "--max_steps", "2", "--warmup_steps", "0", "--per_device_train_batch_size", "4"]
 EVALUATED = ["--eval_num_samples", "12", "--eval_num_steps", "1", "2", "--eval_seeds", "0", "--eval_batch_size", "12"]
+MEASURED = [*EVALUATED, "--eval_num_bootstraps", "2", "--eval_num_turns", "1", "--eval_num_bounded", "2"]
 TEACHER = ["--teacher_max_steps", "2", "--teacher_per_device_train_batch_size", "8", "--teacher_warmup_steps", "0"]
 STUDENT = ["--num_latents", "2", "--num_targets", "2"]
 PIXELS = ["--dataset_name", "images.npz", "--num_states", "16"]
 GREY = ["--dataset_name", "grey.npz", "--num_states", "256"]
-UNET = {"base_channels": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "attention_scales": [1], "time_embed_dim": 4}
-VQ = {
-    **{"num_codes": 12, "embed_dim": 4, "base_channels": 4, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attention_scales": [], "z_channels": 4},
-}
-TOKENS = {
-    **{"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 8, "embedding_std": 0.3, "mask_logit": False},
-    **{"latent_embed_dim": 4, "latent_hidden_size": 8},
-}
-DIT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "cond_dim": 8, "dropout": 0.0}
-COMPACT = {"hidden_size": 16, "num_blocks": 1}
 
 
-def _config(prefix: str, settings: dict[str, Any]) -> list[str]:
-    return [f"--{prefix}model_config", json.dumps(settings)]
+def _taught(settings: dict[str, Any], *more: str) -> list[str]:
+    return [*TRAINED, *as_words({"model_config": settings}), *more]
 
 
 def _distilled(settings: dict[str, Any], *more: str) -> list[str]:
-    return [*TRAINED, *TEACHER, *STUDENT, *EVALUATED, *_config("teacher_", settings), *more]
+    return [*TRAINED, *TEACHER, *STUDENT, *EVALUATED, *as_words({"teacher_model_config": settings}), *more]
 
 
 # By command and preset or model: what is added behind a command's own words.
@@ -68,17 +60,17 @@ SMALLER: dict[tuple[str, str | None], list[str]] = {
     ("distill", None): _distilled(COMPACT),
     ("distill", "pixels_small"): _distilled(UNET, *PIXELS, "--hybrid", "1"),
     ("distill", "tokens_small"): _distilled(TOKENS, *GREY),
-    ("pretrain", None): [*TRAINED, *_config("", COMPACT)],
-    ("pretrain", "pixels_small"): [*TRAINED, *_config("", UNET)],
-    ("pretrain vq", "tokens_small"): [*TRAINED, *_config("", VQ), *GREY],
+    ("pretrain", None): _taught(COMPACT),
+    ("pretrain", "pixels_small"): _taught(UNET),
+    ("pretrain vq", "tokens_small"): _taught(VQ, *GREY),
     ("pretrain codes", "tokens_small"): [*QUIET, *GREY],
-    ("pretrain", "language_small"): [*TRAINED, *_config("", DIT)],
+    ("pretrain", "language_small"): _taught(DIT),
     ("pretrain masked-lm", None): [*TRAINED, "--block_size", "12"],
     ("distill", "language_small"): [*TRAINED, *STUDENT, *EVALUATED],
     ("distill", "masked_lm"): [*TRAINED, *STUDENT, *EVALUATED],
-    ("evaluate", "runs/pixels"): [*EVALUATED, *PIXELS],
-    ("evaluate", "runs/tokens"): [*EVALUATED, *GREY],
-    ("evaluate", None): EVALUATED,
+    ("evaluate", "runs/pixels"): [*MEASURED, *PIXELS],
+    ("evaluate", "runs/tokens"): [*MEASURED, *GREY],
+    ("evaluate", None): MEASURED,
     ("sample", None): ["--num_samples", "4"],
     ("env", None): [],
 }
