@@ -290,7 +290,7 @@ def check(job: Run, config: PretrainConfig) -> None:
         if stage.args.by_few_steps and not getattr(student.config, "has_chain", False):
             raise ValueError(
                 f"--few_step_counts {stage.args.few_step_counts}: is for a student of the diffusion transformer whose "
-                "latent is a chain; give --student_model_config '{\"latent_form\": \"chain\"}', or --few_step_counts 0"
+                'latent is a chain; give --student_model_config \'{"latent_form": "chain"}\', or --few_step_counts 0'
             )
     check_plan(job.evaluation, job.sampling, {"teacher": teacher, "student": student})
     stages.check(job.stages, job.process_of(teacher.config), from_mixture=teacher.config.is_student)
