@@ -35,6 +35,28 @@ def perplexity_at(entropy: float, line: Sequence[Point]) -> float | None:
     return None
 
 
+def at_equal_entropy(
+    line: Sequence[Point], other: Sequence[Point], number: int = 3
+) -> list[tuple[float, float, float]]:
+    """(entropy, perplexity on the line, on the other) at `number` entropies spread evenly over those that both reach.
+
+    None where they share no entropy, one where they share a single one. Raises ValueError as `perplexity_at` does, and
+    for a number below 2.
+    """
+    if number < 2:
+        raise ValueError(f"at_equal_entropy: number must be at least 2, got {number}")
+    for points in (line, other):
+        perplexity_at(0.0, points)  # refuses what is no line
+    low, high = max(min(line).entropy, min(other).entropy), min(max(line).entropy, max(other).entropy)
+    evenly = (low + (high - low) * i / (number - 1) for i in range(number))
+    found = []
+    for entropy in sorted({min(entropy, high) for entropy in evenly}) if low <= high else ():
+        mine, theirs = perplexity_at(entropy, line), perplexity_at(entropy, other)
+        if mine is not None and theirs is not None:
+            found.append((entropy, mine, theirs))
+    return found
+
+
 def is_at_or_below(point: Point, line: Sequence[Point]) -> bool:
     """Whether a model's point is no worse than another's line: a perplexity at most that of the line at its entropy.
 

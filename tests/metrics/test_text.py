@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from di4c_ext.metrics.text import distinct_n, self_bleu, unigram_entropy
+from di4c_ext.metrics.text import (
+    distinct_n,
+    distinct_n_without,
+    self_bleu,
+    self_bleu_without,
+    unigram_entropies,
+    unigram_entropy,
+)
 
 
 def test_entropy_is_that_of_each_sample() -> None:
@@ -63,6 +70,20 @@ def test_self_bleu_is_nltks() -> None:
             for i, sample in enumerate(samples)
         ]
         assert self_bleu(samples, max_n) == pytest.approx(sum(wanted) / len(wanted), rel=1e-12)
+
+
+def test_figures_without_a_sample_are_those_of_the_others() -> None:
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 3, 4, 7, 7, 7, 9, 12, 1])
+    samples = [torch.randint(0, 5, (int(n),), generator=g).tolist() for n in lengths]
+    others = [samples[:i] + samples[i + 1 :] for i in range(len(samples))]
+    for n in (1, 2, 4):
+        assert self_bleu_without(samples, n).tolist() == pytest.approx([self_bleu(rest, n) for rest in others])
+        assert distinct_n_without(samples, n).tolist() == pytest.approx([distinct_n(rest, n) for rest in others])
+    assert distinct_n_without(["abc", "d"], 3).tolist() == [1.0, 1.0], "nothing is left without the first"
+    assert sum(unigram_entropies(samples)) / 9 == pytest.approx(unigram_entropy(samples))
+    with pytest.raises(ValueError, match="of 2 samples no two are left"):
+        self_bleu_without(samples[:2])
 
 
 def test_nothing_to_count_is_refused() -> None:
