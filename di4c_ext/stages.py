@@ -36,7 +36,9 @@ from di4c_ext.trainer import Augment, DistillTrainer
 
 FOLDER = "stages"  # in the output folder
 KINDS = ("sdtt", "di4c", "di4c2")  # in the order they are for
-_RUNS = ("output_dir", "resume_from_checkpoint", "fsdp", "fsdp_config", "activation_checkpointing")  # no stage's own
+# No stage's own: of the run, or of the one student that is made anew.
+_RUNS = ("output_dir", "resume_from_checkpoint", "fsdp", "fsdp_config", "activation_checkpointing")
+_STUDENTS = ("student_model_config", "lora_rank")
 
 
 @dataclass
@@ -122,6 +124,12 @@ def check(stages: Sequence[Stage], process: Process, *, from_mixture: bool = Fal
         if stage.kind == "sdtt" and (getattr(process, "mask_id", None) is None or from_mixture):
             why = "the teacher is a mixture" if from_mixture else f"{process!r} has no masks"
             raise ValueError(f"--stages sdtt: is for a product teacher of masked diffusion, {why}; leave it out")
+        rank: int = getattr(stage.args, "lora_rank", 0)
+        if stage.kind == "sdtt" and rank:
+            raise ValueError(
+                "--stages sdtt: trains all weights of a product student, which has no adapters, got --lora_rank "
+                f"{rank}; leave one of both out"
+            )
         if stage.kind == "di4c" and not from_mixture:
             continue
         if getattr(process, "guidance", 0.0):
@@ -229,7 +237,7 @@ def _sdtt(told: StageArguments, args: DistillConfig, number: int) -> SDTTObjecti
 def _converted(kind: type[DistillConfig], settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """A stage's settings as their flags would be read: in YAML 3e-4 is a word."""
     parser = Parser([kind])
-    known = [name for name in parser.known() if name not in _RUNS]
+    known = [name for name in parser.known() if name not in (*_RUNS, *_STUDENTS)]
     words = []
     for name, value in settings.items():
         if name not in known:

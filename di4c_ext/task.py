@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 class Encoder(NamedTuple):
-    """The masked language model that a teacher begins from, what is said of it, and the seed of a head it lacks."""
+    """The masked language model that a teacher begins from, what is said of it, and the seed of what it lacks.
+
+    config: None, or settings on top of the config that `source` then is: its weights begin at random.
+    """
 
     source: str
     settings: dict[str, Any]
     seed: int
+    config: dict[str, Any] | None = None
 
 
 class Named(NamedTuple):
@@ -44,7 +48,18 @@ class Judge(Protocol):
     floors: dict[str, float]
     sizes: dict[str, int]
 
-    def measure(self, samples: Tensor) -> dict[str, float]: ...
+    def measure(self, samples: Tensor, num_bootstraps: int = 0, seed: int = 0) -> dict[str, float]:
+        """Figures by name; with num_bootstraps also the ends of their intervals, <figure>_low and <figure>_high."""
+        ...
+
+
+@runtime_checkable
+class Bounding(Protocol):
+    """A judge that also bounds the likelihood of what a model makes in few steps, which hangs on no samples."""
+
+    def of_model(
+        self, model: MixtureDenoiser, num_steps: int, num_bootstraps: int = 0, seed: int = 0
+    ) -> dict[str, float]: ...
 
 
 class Drawing(Protocol):
@@ -55,6 +70,16 @@ class Drawing(Protocol):
         ...
 
     def decode(self, samples: Tensor) -> Tensor: ...
+
+
+class Measuring(NamedTuple):
+    """What a saved model is measured by: the judge, how samples are drawn, held-out examples as the network takes them,
+    and the data set that a report shows beside samples."""
+
+    judge: Judge
+    drawing: Drawing | None
+    heldout: Any
+    shown: Any
 
 
 class Task(Protocol):
@@ -163,4 +188,4 @@ def open_task(
     if named is not None and (named.second_round or named.revision is not None):
         flag = "second_round" if named.second_round else f"teacher_revision {named.revision}"
         raise ValueError(f"--{flag}: is for text; leave it out")
-    return ImageTask(images, kept)
+    return ImageTask(images, kept, text.trust_remote_code)

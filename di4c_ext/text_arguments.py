@@ -23,7 +23,8 @@ class TextArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "text: read it as it is needed, not whole into memory"})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "text: consent to run the code that a model or tokenizer brings along"}
+        default=False,
+        metadata={"help": "consent to run the code that a model, tokenizer or feature extractor brings along"},
     )
 
     def __post_init__(self) -> None:
@@ -31,10 +32,10 @@ class TextArguments:
             raise ValueError(f"--block_size {self.block_size}: must be at least 1, e.g. 128")
 
     def refuse(self) -> None:
-        """ValueError where any of these was given and the run is not about text."""
+        """ValueError where any of these that is of text alone was given and the run is not about text."""
         for known in fields(self):
             value = getattr(self, known.name)
-            if value != known.default:
+            if known.name != "trust_remote_code" and value != known.default:
                 raise ValueError(f"--{known.name} {value}: is for text; give --modality text, or leave it out")
 
     @property

@@ -23,7 +23,7 @@ from di4c_ext.names import check_names
 from di4c_ext.process import Process
 from di4c_ext.stages import trainable_copy
 from di4c_ext.systems import process_of
-from di4c_ext.task import Encoder, Judge, Named
+from di4c_ext.task import Encoder, Judge, Measuring, Named
 from di4c_ext.teachers import cache_name, check_process, recipe_of
 from di4c_ext.text_arguments import TextArguments
 from di4c_ext.text_sources import Cutter, cutter_of, save_cutter, told_beside
@@ -68,9 +68,7 @@ class TextTask:
         self._opened: MixtureDenoiser | None = None
         config = None if model is None else model[1]
         if encoder is not None:
-            self.begun = new_masked_lm(
-                *encoder, getattr(self.cutter, "tokenizer", None), self.process["schedule"], options.trust_remote_code
-            )
+            self.begun = new_masked_lm(encoder, self.cutter, self.process["schedule"], options.trust_remote_code)
             config = self.begun.config
         elif named is not None:
             config = self.load_teacher(named.source).config
@@ -221,15 +219,23 @@ class Blank:
 def open_judge(train: text.TextTokens, heldout: text.TextTokens, args: EvaluationArguments) -> Judge:
     """The judge of these blocks, its floors at the number of samples of `args`."""
     causal_lm = None if args.eval_causal_lm is None else open_causal_lm(args.eval_causal_lm, args.eval_dtype)  # type: ignore[arg-type]  # checked there
-    return TextJudge(train, heldout, args.eval_num_samples, causal_lm, args.eval_num_judged)
+    return TextJudge(
+        train,
+        heldout,
+        args.eval_num_samples,
+        causal_lm,
+        args.eval_num_judged,
+        args.eval_protocol,  # type: ignore[arg-type]  # checked there
+        args.eval_num_bounded,
+    )
 
 
 def judged(
     model: str, config: Any, images: DataArguments, options: TextArguments, args: EvaluationArguments
-) -> tuple[Judge, Blank]:
-    """For `evaluate`: the judge of the text that is named, cut as the model in folder `model` has it."""
+) -> Measuring:
+    """For `evaluate`: what the model in folder `model` is measured by, of the text that is named, cut as it has it."""
     task = TextTask(replace(images, modality="text"), options, model=(model, config))
-    return task.open_judge(args), task.drawing
+    return Measuring(task.open_judge(args), task.drawing, task.heldout, task.shown)
 
 
 def _cutter(options: TextArguments, source: str | None) -> Cutter:

@@ -17,13 +17,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from di4c_ext import checkpoints
 from di4c_ext.arguments import as_dict
 from di4c_ext.config import TIME_MIN, PretrainConfig
-from di4c_ext.models import Di4CForMaskedLM, DiTConfig, DiTDenoiser
+from di4c_ext.models import Di4CForMaskedLM, DiTConfig, DiTDenoiser, from_config
 from di4c_ext.models.base import MixtureDenoiser
 from di4c_ext.models.dit_checkpoint import open_language
 from di4c_ext.models.teacher import TeacherDescription
 from di4c_ext.names import check_names
 from di4c_ext.systems import MODELS, load_model, modality_of
-from di4c_ext.task import Named
+from di4c_ext.task import Encoder, Named
 from di4c_ext.text_sources import Cutter
 
 # Files of weights alone, with nothing beside them that transformers would open.
@@ -54,19 +54,18 @@ def new_dit(cutter: Cutter, length: int, config: PretrainConfig, process: Mappin
     return DiTDenoiser(made)
 
 
-def new_masked_lm(
-    source: str, settings: dict[str, Any], seed: int, tokenizer: Any, schedule: str, consent: bool
-) -> Di4CForMaskedLM:
-    """An encoder or masked language model of transformers, to be trained on; a head it lacks begins at random."""
+def new_masked_lm(encoder: Encoder, cutter: Cutter, schedule: str, consent: bool) -> Di4CForMaskedLM:
+    """A masked language model of transformers, to be trained: as it is, with a new head where it lacks one, or new."""
+    settings, tokenizer = encoder.settings, getattr(cutter, "tokenizer", None)
     check_names("--model_config", settings, TeacherDescription)
-    set_seed(seed)
+    set_seed(encoder.seed)
+    made: Any = encoder.source
+    if encoder.config is not None:
+        told = (cutter.num_tokens, cutter.mask_id, tokenizer)
+        made, own = from_config.new_model(encoder.source, encoder.config, *told, consent)
+        settings = own | settings
     model = Di4CForMaskedLM.as_teacher(
-        source,
-        tokenizer=tokenizer,
-        schedule=schedule,
-        new_head=True,
-        trust_remote_code=consent,
-        **settings,
+        made, tokenizer=tokenizer, schedule=schedule, new_head=True, trust_remote_code=consent, **settings
     )
     return cast(Di4CForMaskedLM, lean(model))
 
