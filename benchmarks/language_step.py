@@ -10,13 +10,15 @@ the activations of a network would be; the head, its gradient and all that the o
 the masked positions by numbers of L D size alone: logits are made 16 positions or 128 MB at a time however many there
 are, and at most 256 MB of them are kept. `--time` says how many are masked and so how long it takes.
 
-Prints a row of results/language.md, measured and counted. Exit code 1 where ours is not under LIMIT.
+Prints a row of results/language.md, measured and counted; --save puts it there, in the place of one that says what it
+says of another run. Exit code 1 where ours is not under LIMIT.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from bench_language import TOKENS, WIDTH, ours, published_way, setting
@@ -26,7 +28,10 @@ from di4c_ext.ops.hidden import CHUNK_BYTES, KEEP_BYTES
 
 LIMIT = 2 * 10**9
 STATE_SIZED = {"least": 7.6, "most": 11.8}  # tensors of L D S floats at the published peak, by case; the head's beside
+RESULTS = Path(__file__).parent / "results" / "language.md"
+HEAD = "| device | by | L | D | masked | seconds | peak, GB | beyond activations, GB | counted, GB |"
 _NAME = "torch, published"
+_KEYS = 5  # columns that say what a row is of
 
 
 def counted(length: int, latents: int, tokens: int = TOKENS, width: int = WIDTH) -> dict[str, int]:
@@ -45,6 +50,25 @@ def counted(length: int, latents: int, tokens: int = TOKENS, width: int = WIDTH)
     }
 
 
+def saved(text: str, row: str) -> str:
+    """A page of results with this row in the table of HEAD: in the place of the row of the same setting, else its last.
+
+    Raises ValueError for a page without that table.
+    """
+    lines = text.splitlines()
+    if HEAD not in lines:
+        raise ValueError(f"language_step.py: the page has no table {HEAD}")
+    first = lines.index(HEAD) + 2
+    end = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
+
+    def key(line: str) -> list[str]:
+        return [cell.strip() for cell in line.split("|")[1 : 1 + _KEYS]]
+
+    same = [i for i in range(first, end) if key(lines[i]) == key(row)]
+    lines[same[0] if same else end : same[0] + 1 if same else end] = [row]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=1024, help="D, positions")
@@ -52,6 +76,8 @@ def main() -> None:
     parser.add_argument("--time", type=float, default=0.125, help="share of the positions that are masked")
     parser.add_argument("--published", action="store_true", help="the published way")
     parser.add_argument("--threads", type=int, default=None, help="of torch on a CPU; default: as it comes")
+    parser.add_argument("--save", action="store_true", help="put the row into results/language.md")
+    parser.add_argument("--busy", action="store_true", help="say that the machine had other work")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -81,12 +107,15 @@ def main() -> None:
         by, count = _NAME, f"{least:.2f} to {most:.2f}"
     else:
         by, count = "di4c", f"{sum(counted(arguments.length, arguments.latents).values()) / 1e9:.2f}"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print("| device | by | L | D | masked | seconds | peak, GB | beyond activations, GB | counted, GB |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else name
     sizes = f"{arguments.latents} | {arguments.length} | {arguments.time:g}"
     told = f"{seconds[0]:.1f} | {found / 1e9:.2f} | {beyond / 1e9:.2f} | {count}"
-    print(f"| {name} | {by} | {sizes} | {told} |", flush=True)
+    row = f"| {name}{' (busy machine)' if arguments.busy else ''} | {by} | {sizes} | {told} |"
+    print(f"{HEAD}\n|---|---|--:|--:|--:|--:|--:|--:|--:|\n{row}", flush=True)
+    if arguments.save:
+        RESULTS.write_text(saved(RESULTS.read_text(encoding="utf-8"), row), encoding="utf-8")
     raise SystemExit(not arguments.published and beyond >= LIMIT)
 
 
