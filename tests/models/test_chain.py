@@ -90,6 +90,14 @@ def test_probabilities_of_all_sequences_add_up_to_one() -> None:
     assert total.item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_steps_that_reveal_nothing_are_certain_and_have_a_gradient() -> None:
+    model, (x_t, _) = student(), states()
+    found = model(x_t, torch.ones(3), x_s=x_t)
+    assert found.abs().max() < 1e-12
+    found.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters()), "processes wait for each other's gradients"
+
+
 def test_marginals_are_sums_of_the_likelihood() -> None:
     model, length = student(), 3
     x_0 = torch.cartesian_prod(*[torch.arange(4)] * length)
