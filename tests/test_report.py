@@ -34,7 +34,8 @@ def _facts(
             for seed, value in reversed(list(enumerate(values))):
                 figures = {"frechet_features": value, "position_entropy": 1.5, "unigram_entropy": 2.0}
                 row = {"model": model, "sampler": sampler, "num_steps": n, "seed": seed, "num_samples": 100}
-                rows.append({**row, **figures, **({"label_score": 5 + value / 10} if sampler == "analytic" else {})})
+                own = {"label_score": 5 + value / 10, "kid": value / 1000, "coverage": 0.5}
+                rows.append({**row, **figures, **(own if sampler == "analytic" else {})})
     results = {
         "rows": rows,
         "grids": {(row["model"], row["num_steps"]): images.tokens[:4].long() for row in rows},
@@ -62,6 +63,7 @@ def _facts(
             "nats_per_image": 90.0,
             "marginal_data": 0.5,
             "gain_data": 1.0 * step,
+            "peak_memory_gib": 0.25,
         }
         for phase in ("teacher", "student")
         for step in (1, 2, 3)
@@ -99,6 +101,22 @@ def test_page_and_card_say_the_same() -> None:
     assert report.page(facts) == page  # nothing in it depends on when it was written
     table = report.summary(facts)
     assert re.search(r"student +22\.0 +16\.2 +10\.0\n", table) and "real against real 1.70" in table
+
+
+def test_training_is_drawn_stage_by_stage() -> None:
+    """Rounds of SDTT on one axis whose steps go on, the first round of Di4C beside the second, and no timings."""
+    facts = _facts(more={"sdtt_divergence": "tv"})
+    plain = report.page(facts)
+    assert plain.count("The parts of the student") == 1 and "SDTT" not in plain and "first round" not in plain
+    assert "marginal data" in plain and "peak memory" not in plain
+    for phase, name in (("sdtt-1", "divergence"), ("sdtt-2", "divergence"), ("di4c", "correlation_data")):
+        same = {"phase": phase, "marginal_data": 2.0}
+        facts.history += [{**same, "step": 100 * step, name: 9.0 / step} for step in (1, 2, 3)]
+    staged = report.page(facts)
+    assert "SDTT, 2 rounds: how far one step" in staged and "total variation, sum over an image" in staged
+    assert "The parts of the first round" in staged and ">correlation data<" in staged
+    drawing = staged[staged.index('aria-label="total variation') :]
+    assert ">600<" in drawing[: drawing.index("</svg>")], "the second round's steps follow the first one's"
 
 
 def test_charts_take_their_colours_from_the_page() -> None:
@@ -152,6 +170,7 @@ def test_a_pixel_run_is_told_in_its_own_words() -> None:
         assert "The hybrid is the student, whose last 1 evaluation the teacher takes over." in text
         assert "posterior steps on an even grid from 1 to 0.01" in text and "the likeliest levels" in text
         assert "the 64 of a small classifier" in text and "real against real at this number" in text
+        assert "look at 5,000 images of each side at most; neighbours: 3 for precision and recall, 5 for" in text
         told = re.sub(r'base64,[^"]+', "", text)
         assert not re.search(r"mask|ancestral|likelihood bound", told, re.IGNORECASE)
     assert "| hybrid, seed 1 | 22.0 | 19.5 | 10.0 |" in card and re.search(r"hybrid +21\.0 +15\.2 +9\.00\n", table)

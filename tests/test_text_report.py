@@ -72,6 +72,22 @@ def test_text_is_told_in_words_of_text() -> None:
     assert re.search(r"entropy of a sample's own tokens, nats\nteacher +3\.15 +3\.30 +3\.50\nstudent +3\.05", table)
 
 
+def test_what_a_perplexity_is_of_is_said() -> None:
+    """By each protocol; and of the agreement with real text, where the judge's states were compared."""
+    facts = _facts()
+    for name, words in (
+        ("retokenized", "of the text of the first 32 samples in its own tokens"),
+        ("first_chunk", "of the first chunk of the text of the first 32 samples in its own tokens, as MDLM takes it"),
+        ("ids", "of the first 32 samples as they were drawn, the mean over them of their means, as SDTT takes it"),
+    ):
+        facts.settings["eval_protocol"] = name
+        assert f"by smollm2 in float32, {words}" in report.model_card(facts)
+    assert "agreement" not in report.model_card(facts)
+    for row in facts.results["rows"]:
+        row["mauve"] = 0.5
+    assert "MAUVE-style agreement: of that model's states of these texts" in report.model_card(facts)
+
+
 def test_samples_stand_side_by_side_as_text() -> None:
     page = report.page(_facts())
     assert page.count("<blockquote>teacher &lt;4&gt;</blockquote>") == 3 == page.count("student &lt;8&gt;<")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from di4c_ext.metrics.features import num_features
-from di4c_ext.metrics.judge import CUTS
-from di4c_ext.report.facts import FIGURES, Facts, cast, headline, latent_verdict, number, plural
+from di4c_ext.metrics.judge import CUTS, PAIRED
+from di4c_ext.metrics.manifold import DENSITY_K, PRECISION_K
+from di4c_ext.metrics.mauve import CLUSTERINGS
+from di4c_ext.report.facts import FIGURES, Facts, cast, headline, latent_verdict, number, plural, public_name
 from di4c_ext.text import TextTokens
 
 TEMPLATE = """---
@@ -55,6 +57,13 @@ A student of {parameters:,} parameters for {diffusion} diffusion, distilled by D
 """
 
 
+# How generative perplexity is taken, by --eval_protocol; as `metrics.perplexity` has it.
+_PROTOCOLS = {
+    "retokenized": "of the text of the first {read} samples in its own tokens, all of which count alike",
+    "first_chunk": "of the first chunk of the text of the first {read} samples in its own tokens, as MDLM takes it",
+    "ids": "of the first {read} samples as they were drawn, the mean over them of their means, as SDTT takes it",
+}
+
 _USE = """from di4c_ext.data import as_images
 from di4c_ext.generate import generate, open_model
 
@@ -99,6 +108,7 @@ def protocol(facts: Facts) -> str:
             cast(facts),
             _codes(facts),
             _space(facts),
+            _pairs(facts),
             f"Distances are to all {sizes['all']:,} real images, or to the {sizes['heldout']:,} held-out ones alone. "
             "A distance falls with the number of samples, so its floor is real against real at this number: as many "
             "real images, at most half of them, against all the others; for the held-out figures, as many training "
@@ -111,14 +121,15 @@ def protocol(facts: Facts) -> str:
 def _judges(facts: Facts) -> str:
     """Who finds the text how perplexing, and what all figures hang on."""
     named, read = facts.settings.get("eval_causal_lm"), facts.settings.get("eval_num_judged")
-    first = (
-        ""
-        if named is None
-        else (
-            f"Generative perplexity: by {named} in {facts.settings.get('eval_dtype', 'float32')}, of the text of the "
-            f"first {read} samples in its own tokens, all of which count alike. "
+    first = ""
+    if named is not None:
+        how = _PROTOCOLS[facts.settings.get("eval_protocol", "retokenized")].format(read=read)
+        first = f"Generative perplexity: by {named} in {facts.settings.get('eval_dtype', 'float32')}, {how}. "
+    if "mauve" in facts.figures:
+        first += (
+            f"MAUVE-style agreement: of that model's states of these texts with those of as many real ones (at most "
+            f"{read}), from 0 to 1, mean of {CLUSTERINGS} clusterings; other features or numbers give other values. "
         )
-    )
     return (
         f"{first}The n-grams are of up to four training tokens, interpolated as Witten and Bell do. Entropies are in "
         "nats; that of a sample's own tokens hangs on its length. Lower perplexity is better at the same entropy only, "
@@ -147,12 +158,22 @@ def _codes(facts: Facts) -> str:
 def _space(facts: Facts) -> str:
     named, accuracy = facts.settings.get("eval_feature_extractor"), facts.results["accuracy"]
     if named is not None:
-        return f"Features: those of the image classifier {named}."
+        return f"Features: those of the network {named}."
     if accuracy is None:
         return "The images carry no labels, so there is no feature space."
     return (
         f"Features: the {num_features(facts.pictures.shape)} of a small classifier trained on the labels of the "
         f"training images (right on {accuracy:.1%} of the held-out ones)."
+    )
+
+
+def _pairs(facts: Facts) -> str:
+    """What the figures that look at every pair of images stand on."""
+    if "kid" not in facts.figures:
+        return ""
+    return (
+        f"Kernel distance, precision, recall, density and coverage look at {PAIRED:,} images of each side at most; "
+        f"neighbours: {PRECISION_K} for precision and recall, {DENSITY_K} for density and coverage."
     )
 
 
@@ -172,7 +193,7 @@ def model_card(facts: Facts) -> str:
             shape_tuple=shape,
             layout=layout,
         ),
-        dataset=facts.images.name,
+        dataset=public_name(facts.images.name),
         headline=headline(facts),
         parameters=facts.num_parameters,
         teacher_parameters=facts.teacher_parameters,

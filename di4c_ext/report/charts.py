@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 STAND_INS = {
@@ -31,6 +31,8 @@ WORDS = {"gain_data": "gain at the data", "gain_consistency": "gain at the sampl
 
 # (model, number of steps, values one a seed)
 Points = Sequence[tuple[str, int, list[float]]]
+# By model: x, the mean, the ends of its interval if there is one, and the values of every seed.
+Curves = Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None, list[float]]]]
 
 
 def against_steps(points: Points, floor: float | None, label: str, floor_label: str, log: bool) -> str:
@@ -50,10 +52,7 @@ def against_steps(points: Points, floor: float | None, label: str, floor_label: 
     axes.set_xticks(steps, [str(n) for n in steps])
     axes.minorticks_off()
     if log:
-        axes.set_yscale("log")
-        ticks = _log_ticks(axes.get_ylim())
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        _log_y(axes)
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(label)
     _legend(figure)
@@ -73,14 +72,79 @@ def frontier(points: Sequence[tuple[str, int, float, float]], real: tuple[float,
             axes.annotate(str(n), (entropy, perplexity), (5, 4), textcoords="offset points", fontsize=8, color=colour)
     if real is not None:
         axes.plot(*real, "*", color=MUTED, ms=11, mew=0, label="real text", zorder=4)
-    axes.set_yscale("log")
-    ticks = _log_ticks(axes.get_ylim())
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    _log_y(axes)
     axes.set_xlabel("entropy of a sample's own tokens, nats")
     axes.set_ylabel("perplexity")
     _legend(figure)
     return _svg(figure, "perplexity against entropy")
+
+
+def two_panels(
+    upper: Curves,
+    lower: Curves,
+    label: str,
+    x_label: str,
+    floors: tuple[float | None, float | None],
+    real: str,
+    log: bool,
+) -> str:
+    """A figure above, and below it, over the same axis, the entropy it is to be read beside.
+
+    Means as lines, intervals as bars, every seed as a dot. floors: of both; real: what these are called. log: whether
+    the figure's own axis is logarithmic, as x is.
+    """
+    figure, (above, below) = _new(5.4, 4.3, heights=(2.2, 1))
+    for axes, curves, floor in ((above, upper, floors[0]), (below, lower, floors[1])):
+        for model, (colour, marker) in MODELS.items():
+            points = sorted(curves.get(model, []))
+            if not points:
+                continue
+            told = model if axes is above else None
+            axes.plot([x for x, *_ in points], [y for _, y, *_ in points], color=colour, lw=2, label=told, zorder=3)
+            for x, _, ends, each in points:
+                if ends is not None:
+                    axes.plot([x, x], ends, color=colour, lw=5, alpha=0.25, solid_capstyle="butt", zorder=2)
+                axes.plot([x] * len(each), each, marker, color=colour, ms=4, alpha=0.75, mew=0, zorder=4)
+        if floor is not None:
+            told = real if axes is above else None
+            axes.axhline(floor, color=MUTED, lw=1.2, ls=(0, (4, 3)), label=told, zorder=1)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    places = sorted({x for points in upper.values() for x, *_ in points})
+    is_counts = all(float(x).is_integer() for x in places)
+    ticks = places if is_counts else _log_ticks(above.get_xlim())
+    for axes in (above, below):
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    above.tick_params(labelbottom=False)
+    if log:
+        _log_y(above)
+    above.set_ylabel(label)
+    below.set_ylabel("entropy")
+    below.set_xlabel(x_label)
+    _legend(figure)
+    return _svg(figure, f"{label} against {x_label}")
+
+
+def temperature_lines(
+    lines: Sequence[tuple[str, int, Sequence[tuple[float, float]]]], real: tuple[float, float] | None, label: str
+) -> str:
+    """(model, number of steps, (entropy, figure) at each temperature): a line each, its steps written at its end."""
+    figure, axes = _new(5.4, 3.9)
+    told: set[str] = set()
+    for model, n, points in lines:
+        colour, marker = MODELS[model]
+        name = None if model in told else model
+        told.add(model)
+        drawn = sorted(points)
+        axes.plot(*zip(*drawn, strict=True), marker=marker, color=colour, lw=1.4, ms=4, mew=0, label=name, zorder=3)
+        axes.annotate(str(n), drawn[-1], (5, 3), textcoords="offset points", fontsize=8, color=colour)
+    if real is not None:
+        axes.plot(*real, "*", color=MUTED, ms=11, mew=0, label="real", zorder=4)
+    _log_y(axes)
+    axes.set_xlabel("entropy, nats")
+    axes.set_ylabel(label)
+    _legend(figure)
+    return _svg(figure, f"{label} against entropy")
 
 
 def over_time(lines: Sequence[dict[str, Any]], names: Sequence[str], label: str) -> str:
@@ -108,22 +172,32 @@ def _log_ticks(limits: tuple[float, float]) -> list[float]:
     return inside or [limits[0], limits[1]]
 
 
-def _new(width: float, height: float) -> tuple[Any, Any]:
+def _log_y(axes: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    axes.set_yscale("log")
+    ticks = _log_ticks(axes.get_ylim())
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _new(width: float, height: float, heights: Sequence[float] = (1,)) -> tuple[Any, Any]:
+    """A figure and its axes, several above one another where several heights are given."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.grid(color=RULE, lw=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelcolor=INK, length=0, labelsize=9)
-    axes.xaxis.label.set_color(MUTED)
-    axes.yaxis.label.set_color(MUTED)
-    return figure, axes
+    for axes in panels:
+        axes.patch.set_alpha(0)
+        axes.grid(color=RULE, lw=0.8)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(MUTED)
+        axes.tick_params(colors=MUTED, labelcolor=INK, length=0, labelsize=9)
+        axes.xaxis.label.set_color(MUTED)
+        axes.yaxis.label.set_color(MUTED)
+    return figure, panels[0] if len(panels) == 1 else panels
 
 
 def _legend(figure: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from di4c_ext import env
@@ -17,18 +18,28 @@ FIGURES = {
     "frechet_features_heldout": ("Fréchet distance to the held-out images, classifier features", ""),
     "frechet_pixels": ("Fréchet distance, raw pixels", ""),
     "frechet_pixels_heldout": ("Fréchet distance to the held-out images, raw pixels", ""),
+    "kid": ("Kernel distance (KID), classifier features", ""),
     "label_score": ("Inception-style score by the labels' own classifier", ""),
     "extractor_score": ("Inception-style score by the named feature extractor", ""),
+    "precision_k": ("Precision: samples that lie among the data", ""),
+    "recall_k": ("Recall: data that lie among the samples", ""),
+    "density": ("Density of the data about the samples", ""),
+    "coverage": ("Coverage: data with a sample near by", ""),
     "position_entropy": ("Entropy per position", "nats"),
     "unigram_entropy": ("Entropy of all pixels pooled", "nats"),
     "perplexity": ("Generative perplexity", ""),
+    "mauve": ("MAUVE-style agreement with the data, judge's features", ""),
     "ngram_perplexity": ("Perplexity by the training text's n-grams", ""),
     "entropy": ("Entropy of a sample's own tokens", "nats"),
     "pooled_entropy": ("Entropy of the tokens of all samples", "nats"),
     "distinct_2": ("Share of different pairs of tokens", ""),
     "self_bleu": ("Self-BLEU, of a sample against the others", ""),
+    "nelbo": ("Negative log-likelihood of what so many steps make, upper bound", "nats a token"),
 }
-LOWER_IS_BETTER = ("frechet_features", "frechet_pixels", "perplexity", "ngram_perplexity")  # what headlines speak of
+LOWER_IS_BETTER = (  # what headlines speak of
+    *("frechet_features", "frechet_pixels", "kid", "perplexity", "nelbo", "ngram_perplexity"),
+)
+HIGHER_IS_BETTER = (*("label_score", "extractor_score", "precision_k", "recall_k", "density", "coverage", "mauve"),)
 MODELS = ("teacher", "student", "hybrid", "guided")  # in the order of tables
 DIFFUSIONS = {
     "absorbing": "masked",
@@ -150,6 +161,20 @@ class Facts:
 def number(value: float) -> str:
     """Three significant digits, no exponent for the sizes that occur."""
     return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def better(figure: str) -> str:
+    """Where a figure is to go, in words: distances to the floor, scores up to it, entropies to that of the data."""
+    if figure.removesuffix("_heldout") in LOWER_IS_BETTER:
+        return "lower is better"
+    if figure in HIGHER_IS_BETTER:
+        return "higher is better, as far as the dashed line"
+    return "closest to the dashed line is best"
+
+
+def public_name(dataset: str) -> str:
+    """A data set as a card names it: a file or folder of this machine without those it lies in."""
+    return Path(dataset).name if Path(dataset).is_absolute() or Path(dataset).exists() else dataset
 
 
 def plural(count: int, word: str) -> str:

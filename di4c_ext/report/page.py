@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from di4c_ext import pictures
 from di4c_ext.arguments import as_yaml
+from di4c_ext.callbacks import TIMING
 from di4c_ext.codes import classes_like
 from di4c_ext.report import charts, text_page
 from di4c_ext.report.card import protocol
@@ -19,6 +20,7 @@ from di4c_ext.report.facts import (
     FIGURES,
     LOWER_IS_BETTER,
     Facts,
+    better,
     doubling,
     headline,
     latent_verdict,
@@ -26,6 +28,7 @@ from di4c_ext.report.facts import (
     plural,
     teacher_needs,
 )
+from di4c_ext.report.side_by_side import picture, side_by_side
 
 ASSETS = Path(__file__).parents[1] / "assets"
 COLUMNS = 16  # of a grid without classes
@@ -34,7 +37,14 @@ LEARNED = (
     "What the latents came to carry: the correlation gained at the data and at samples of the consistency target, and "
     "what a latent tells about single {unit}s"
 )
-NOT_PARTS = {"phase", "step", "seconds", "loss", "grad_norm", "learning_rate", "epoch", *DIAGNOSTICS}
+NOT_PARTS = {"phase", "step", "seconds", "loss", "grad_norm", "learning_rate", "epoch", *DIAGNOSTICS, *TIMING}
+# What the rounds of SDTT bring down, by --sdtt_divergence.
+DIVERGENCES = {
+    "reverse_kl": "reverse KL in nats",
+    "kl": "KL in nats",
+    "tv": "total variation",
+    "mse": "squared error of logarithms",
+}
 
 
 def page(facts: Facts) -> str:
@@ -96,10 +106,7 @@ def _varied(facts: Facts, n: int) -> str:
 
 def _image(tokens: torch.Tensor, facts: Facts, text: str) -> str:
     images: Any = facts.images  # no text, of which nothing is drawn
-    pixels = pictures.grid(tokens, images.shape, images.num_states, _columns(facts), images.layout)
-    height, width = pixels.shape[:2]
-    source = pictures.data_url(pixels)
-    return f'<img src="{source}" width="{width * 4}" height="{height * 4}" alt="{escape(text)}">'
+    return picture(tokens, images, _columns(facts), text)
 
 
 def _columns(facts: Facts) -> int:
@@ -123,20 +130,12 @@ def _real(facts: Facts, number: int) -> torch.Tensor:
 def _samples(facts: Facts) -> str:
     grids = facts.results["grids"]
     shown = max(len(grid) for grid in grids.values())
-    real = _image(_real(facts, shown), facts, "real images")
-    columns = "" if len(facts.models) == 2 else f' style="grid-template-columns: 70px repeat({len(facts.models)}, 1fr)"'
-    heads = "".join(f'<h3 class="{model}">{model.capitalize()}</h3>' for model in facts.models)
-    rows = [
-        f'<div class="real"><h3>Real images</h3>{real}</div>',
-        f'<div class="pair head"{columns}><span></span>{heads}</div>',
-    ]
-    for n in facts.steps:
-        count = plural(n, "step")
-        images = [_image(grids[model, n], facts, f"{model}, {count}") for model in facts.models]
-        pair = "".join(f"<figure>{image}</figure>" for image in images)
-        unit = count.split()[1]
-        rows.append(f'<div class="pair"{columns}><span class="count"><b>{n}</b> {unit}</span>{pair}</div>')
-    return "".join(rows)
+    return side_by_side(
+        facts.models,
+        facts.steps,
+        lambda model, n: _image(grids[model, n], facts, f"{model}, {plural(n, 'step')}"),
+        ("Real images", _image(_real(facts, shown), facts, "real images")),
+    )
 
 
 def _quality(facts: Facts) -> str:
@@ -153,12 +152,10 @@ def _quality(facts: Facts) -> str:
             facts.results["floors"].get(figure),
             title + (f" ({unit})" if unit else ""),
             real,
-            log=distance,
+            log=distance and all(value > 0 for _, _, values in points for value in values),
         )
-        better = "lower is better" if distance else "closest to the dashed line is best"
-        if figure.endswith("_score"):
-            better = "higher is better, as far as the dashed line"
-        drawn.append(f'<figure class="chart">{svg}<figcaption>{escape(title)}: {better}</figcaption></figure>')
+        caption = f"{escape(title)}: {better(figure)}"
+        drawn.append(f'<figure class="chart">{svg}<figcaption>{caption}</figcaption></figure>')
     return "".join(drawn)
 
 
@@ -224,21 +221,45 @@ def _latent_table(facts: Facts) -> str:
 
 
 def _training(facts: Facts) -> str:
-    student = [line for line in facts.history if line.get("phase") == "student"]
-    teacher = [line for line in facts.history if line.get("phase") == "teacher"]
-    parts = sorted({name for line in student for name in line} - NOT_PARTS)
-    drawn = []
-    if len(student) > 1:
-        drawn.append((charts.over_time(student, parts, f"nats {facts.an_example}"), "The parts of the student's loss"))
-        known = [name for name in DIAGNOSTICS if any(name in line for line in student)]
-        learned = LEARNED.format(unit=facts.unit)
-        drawn.append((charts.over_time(student, known, f"nats {facts.an_example}, higher: more"), learned))
+    student, first, teacher = (
+        [line for line in facts.history if line.get("phase") == phase] for phase in ("student", "di4c", "teacher")
+    )
+    drawn = _mixture(student, facts, "the student's")
+    drawn += _mixture(first, facts, "the first round's")  # a stage of its own where a second one follows
+    rounds = _joined([line for line in facts.history if "divergence" in line])
+    if len(rounds) > 1:
+        name = DIVERGENCES[facts.settings.get("sdtt_divergence", "reverse_kl")]
+        count = plural(len({line["phase"] for line in rounds}), "round")
+        svg = charts.over_time(rounds, ["divergence"], f"{name}, sum over {facts.an_example}")
+        drawn.append((svg, f"SDTT, {count}: how far one step of a student lies from several of its teacher's"))
     if len(teacher) > 1:
         svg = charts.over_time(teacher, [f"nats_per_{facts.example}"], f"nats {facts.an_example}")
         drawn.append((svg, f"The teacher on its training batches: {facts.bounds_name}"))
     return "".join(
         f'<figure class="chart">{svg}<figcaption>{escape(text)}</figcaption></figure>' for svg, text in drawn
     )
+
+
+def _mixture(lines: list[dict[str, Any]], facts: Facts, whose: str) -> list[tuple[str, str]]:
+    """The charts of a Di4C training, each with its caption; none of one that was not logged twice."""
+    if len(lines) < 2:
+        return []
+    parts = sorted({name for line in lines for name in line} - NOT_PARTS)
+    known = [name for name in DIAGNOSTICS if any(name in line for line in lines)]
+    unit = f"nats {facts.an_example}"
+    drawn = [(charts.over_time(lines, parts, unit), f"The parts of {whose} loss")]
+    if known:
+        drawn.append((charts.over_time(lines, known, f"{unit}, higher: more"), LEARNED.format(unit=facts.unit)))
+    return drawn
+
+
+def _joined(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainings one after the other as one, whose steps go on being counted."""
+    found: list[dict[str, Any]] = []
+    for _, training in groupby(lines, key=lambda line: line["phase"]):
+        before = found[-1]["step"] if found else 0
+        found += [{**line, "step": before + line["step"]} for line in training]
+    return found
 
 
 def _bounds(facts: Facts) -> str:
