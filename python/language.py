@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from language_runs import APART, BOUNDED, MODELS, SHOWN, TEMPERATURES, Run, measure
+from language_runs import APART, ASIDE, BOUNDED, MODELS, SHOWN, TEMPERATURES, Run, measure
 from recipes import Measured, Seeds
 
 from di4c_ext.metrics.frontier import Point, is_at_or_below, perplexity_at
@@ -68,7 +68,7 @@ SECOND = {
 SCALES = {
     "small": Scale(
         *("language", "language_small", "smollm2", (1, 2, 4, 8, 16, 32, 64), (4, 8, 16)),
-        *(256, 256, "bfloat16"),
+        *(1024, 1024, "bfloat16"),
         # In bfloat16 a step of the student takes half the time; a teacher of short sequences gains less.
         {"di4c": {"bf16": True, "use_cpu": True}, "di4c2": SECOND},
     ),
@@ -144,7 +144,8 @@ def report(scale: Scale, seeds: Seeds, judge: str) -> str:
     rows, floors = first["rows"], first["floors"]
     lines = ["# Language: teacher, student and second round by number of sampling steps", ""]
     lines += [
-        f"Preset `{scale.preset}`, stages di4c and di4c2. {rows[0]['num_samples']:,} samples for each figure; the "
+        f"Preset `{scale.preset}`, stages di4c and di4c2. {rows[0]['num_samples']:,} samples for each figure, "
+        f"{min(ASIDE, rows[0]['num_samples'])} for the teacher's at other temperatures and positions apart; the "
         f"generative perplexity is that of `{judge}`, in {scale.dtype}, on the text of the first {first['judged']}, in "
         "its own tokens. Real text beside each table: as many held-out sequences.",
         "",
@@ -303,7 +304,7 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
-    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 256, or 1,024")
+    parser.add_argument("--num_samples", type=int, help="samples per figure; default: 1,024")
     parser.add_argument("--num_judged", type=int, help="of which the judge reads so many; default: all")
     parser.add_argument("--second_steps", type=int, help="steps of the second round; default: 1,000, or the first's")
     parser.add_argument("--judge", help="a causal language model: smollm2, a folder, GGUF file or hub name")

@@ -21,6 +21,7 @@ from di4c_ext.generate import SamplingArguments, generate, open_model
 from di4c_ext.metrics.mixture_bound import FewSteps, few_step_bounds
 from di4c_ext.sampler import sample_ancestral, times
 from di4c_ext.systems import process_of
+from di4c_ext.task import Judge
 from di4c_ext.text_arguments import TextArguments
 from di4c_ext.text_sources import cutter_of
 from di4c_ext.text_task import TextTask
@@ -28,6 +29,7 @@ from di4c_ext.text_task import TextTask
 TEMPERATURES = (0.9, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
 MODELS = ("teacher", "student", "second")
 APART = "apart"  # the student with every position drawn from its own law
+ASIDE = 256  # samples at most for the teacher's other temperatures and the student's positions apart
 BOUNDED = 128  # held-out sequences on which the likelihood of few steps is bounded
 SHOWN = 2  # samples of each model and number of steps that are printed
 
@@ -88,9 +90,15 @@ def _more(run: Run, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterato
     """Rows of the models of a run, by name, temperature and numbers of steps."""
     if not todo:
         return
-    args: EvaluationArguments = run.told(EvaluationArguments)
-    judge = run.task.open_judge(args)
+    every: EvaluationArguments = run.told(EvaluationArguments)
+    fewer = replace(every, eval_num_samples=min(ASIDE, every.eval_num_samples))
+    fewer = replace(fewer, eval_num_judged=min(ASIDE, every.eval_num_judged))
+    judges: dict[int, Judge] = {}
     for name, temperature, steps in todo:
+        args = every if (name, temperature) == ("student", 1.0) else fewer
+        if args.eval_num_samples not in judges:
+            judges[args.eval_num_samples] = run.task.open_judge(args)
+        judge = judges[args.eval_num_samples]
         if name == APART:
             for n in steps:
                 row = {"model": APART, "temperature": temperature, "num_steps": n, "seed": 0}
