@@ -144,8 +144,9 @@ def report(scale: Scale, seeds: Seeds, judge: str) -> str:
     rows, floors = first["rows"], first["floors"]
     lines = ["# Language: teacher, student and second round by number of sampling steps", ""]
     lines += [
-        f"Preset `{scale.preset}`, stages di4c and di4c2. {rows[0]['num_samples']:,} samples for each figure, "
-        f"{min(ASIDE, rows[0]['num_samples'])} for the teacher's at other temperatures and positions apart; the "
+        f"Preset `{scale.preset}`, stages di4c and di4c2. {rows[0]['num_samples']:,} samples for each figure of the "
+        f"teacher, of the second round and of the student at {', '.join(map(str, scale.promised))} steps, "
+        f"{min(ASIDE, rows[0]['num_samples'])} for its others, other temperatures and positions apart; the "
         f"generative perplexity is that of `{judge}`, in {scale.dtype}, on the text of the first {first['judged']}, in "
         "its own tokens. Real text beside each table: as many held-out sequences.",
         "",

@@ -29,7 +29,7 @@ from di4c_ext.text_task import TextTask
 TEMPERATURES = (0.9, 1.1)  # of the teacher beside 1: lower than any student's entropy wants, and higher
 MODELS = ("teacher", "student", "second")
 APART = "apart"  # the student with every position drawn from its own law
-ASIDE = 256  # samples at most for the teacher's other temperatures and the student's positions apart
+ASIDE = 256  # samples at most of what the promise does not hang on: other steps, temperatures, positions apart
 BOUNDED = 128  # held-out sequences on which the likelihood of few steps is bounded
 SHOWN = 2  # samples of each model and number of steps that are printed
 
@@ -94,19 +94,17 @@ def _more(run: Run, todo: Sequence[tuple[str, float, Sequence[int]]]) -> Iterato
     fewer = replace(every, eval_num_samples=min(ASIDE, every.eval_num_samples))
     fewer = replace(fewer, eval_num_judged=min(ASIDE, every.eval_num_judged))
     judges: dict[int, Judge] = {}
-    for name, temperature, steps in todo:
-        args = every if (name, temperature) == ("student", 1.0) else fewer
+    for name, temperature, n in ((name, temperature, n) for name, temperature, steps in todo for n in steps):
+        args = replace(every if name == "student" and n in run.promised else fewer, eval_num_steps=[n])
         if args.eval_num_samples not in judges:
             judges[args.eval_num_samples] = run.task.open_judge(args)
         judge = judges[args.eval_num_samples]
         if name == APART:
-            for n in steps:
-                row = {"model": APART, "temperature": temperature, "num_steps": n, "seed": 0}
-                yield {**row, "num_samples": args.eval_num_samples, **judge.measure(_drawn_apart(run, n, args))}
+            row = {"model": APART, "temperature": temperature, "num_steps": n, "seed": 0}
+            yield {**row, "num_samples": args.eval_num_samples, **judge.measure(_drawn_apart(run, n, args))}
             continue
-        asked = replace(args, eval_num_steps=list(steps))
         sampling = SamplingArguments(temperature=temperature)
-        for row, _ in compare({name: run.models[name]}, judge, asked, 0, sampling, run.task.drawing):
+        for row, _ in compare({name: run.models[name]}, judge, args, 0, sampling, run.task.drawing):
             yield {**row, "temperature": temperature}
 
 
